@@ -1,0 +1,50 @@
+# Each command does its own set-up, once: a .venv in this folder, made again when pyproject.toml changes.
+#   make PYTHON=/path/to/python3.12 ...   chooses the Python     make train ARGS="--epochs 1"   passes arguments on
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help train test test-all docs lab outputs readme clean
+
+PYTHON ?=
+ARGS ?=
+JOBS ?= 2
+export PYTHON
+
+BIN := .venv/bin
+RUN := .venv/ready-run
+DEV := .venv/ready-dev
+DOCS := .venv/ready-docs
+TEST := .venv/ready-dev+peers+docs
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):[^#]*## *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+train: $(RUN) ## train a detector on DigitScenes; pictures and numbers go to runs/digits/
+	$(BIN)/deformlit-train $(ARGS)
+
+test: $(TEST) ## run every notebook and every test, within 15 minutes on two cores
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(TEST) ## the same, with packaging, browser, slow cells and the oldest torch
+	$(PYTEST) $(ARGS)
+
+docs: $(DOCS) ## build the site into docs/_build/html/
+	$(BIN)/python docs/build.py $(ARGS)
+
+lab: $(DEV) ## open Jupyter on the notebooks
+	$(BIN)/jupyter lab nbs $(ARGS)
+
+outputs: $(DEV) ## run the notebooks again and store their outputs (ARGS=04_sample for one)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tests/notebooks.py --jobs $(JOBS) $(ARGS)
+	$(BIN)/nbdev-clean
+
+readme: $(DEV) ## make README.md from nbs/index.ipynb
+	$(BIN)/python docs/scripts/readme.py
+
+clean: ## remove what was built; keeps .venv and runs/
+	rm -rf _proc _docs docs/_build build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+.venv/ready-%: pyproject.toml docs/scripts/setup.sh
+	@sh docs/scripts/setup.sh $*
+	@touch $@
