@@ -40,7 +40,7 @@ explain() {
     said 'Failed to establish a new connection|NewConnectionError|name resolution|Network is unreachable|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Max retries exceeded' &&
         fail "pip could not reach the package index; check the network, or pip's index and proxy settings, and run the command again."
     said 'No matching distribution found' &&
-        fail "the package index has no fitting version: $(grep -Eo 'No matching distribution found for [^ ]*' "$log" | tail -1)."
+        fail "the package index offers no fitting version ($(grep -Eo "No matching distribution found for [^ ]*" "$log" | tail -1)); check that pip can reach it and that it has one for this Python and platform."
     said 'Permission denied' && fail "a file could not be written; $log says which."
     fail "pip could not install the packages; the reason stands above and in $log."
 }
