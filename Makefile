@@ -11,9 +11,7 @@ export PYTHON
 
 BIN := .venv/bin
 RUN := .venv/ready-run
-DEV := .venv/ready-dev
-DOCS := .venv/ready-docs
-TEST := .venv/ready-dev+peers+docs
+ALL := .venv/ready-all
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 help: ## list these commands
@@ -22,29 +20,28 @@ help: ## list these commands
 train: $(RUN) ## train a detector on DigitScenes; pictures and numbers go to runs/digits/
 	$(BIN)/deformlit-train $(ARGS)
 
-test: $(TEST) ## run every notebook and every test, within 15 minutes on two cores
+test: $(ALL) ## run every notebook and every test, within 15 minutes on two cores
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(TEST) ## the same, with packaging, browser, slow cells and the oldest torch
+test-all: $(ALL) ## the same, with packaging, browser, slow cells and the oldest torch
 	$(PYTEST) $(ARGS)
 
-docs: $(DOCS) ## build the site into docs/_build/html/
+docs: $(ALL) ## build the site into docs/_build/html/
 	$(BIN)/python docs/build.py $(ARGS)
 
-lab: $(DEV) ## open Jupyter on the notebooks
+lab: $(ALL) ## open Jupyter on the notebooks
 	$(BIN)/jupyter lab nbs $(ARGS)
 
-outputs: $(DEV) ## run the notebooks again and store their outputs (ARGS=04_sample for one)
+outputs: $(ALL) ## run the notebooks again and store their outputs (ARGS=04_sample for one)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tests/notebooks.py --jobs $(JOBS) $(ARGS)
 	$(BIN)/nbdev-clean
 
-readme: $(DEV) ## make README.md from nbs/index.ipynb
+readme: $(ALL) ## make README.md from nbs/index.ipynb
 	$(BIN)/python docs/scripts/readme.py
 
 clean: ## remove what was built; keeps .venv and runs/
 	rm -rf _proc _docs docs/_build build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-.venv/ready-%: pyproject.toml docs/scripts/setup.sh
+.venv/ready-%: pyproject.toml
 	@sh docs/scripts/setup.sh $*
-	@touch $@

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Makes the environment .venv of this checkout and installs the project into it, editable.
-#   docs/scripts/setup.sh run               what training needs
-#   docs/scripts/setup.sh dev+peers+docs    with these extras of pyproject.toml
-# The Makefile calls it once and keeps a stamp. A failure says in one sentence what is missing.
+#   docs/scripts/setup.sh run    what training needs
+#   docs/scripts/setup.sh all    with notebooks, tests and site: the extras of pyproject.toml
+# The Makefile calls it when its stamp, .venv/ready-run or .venv/ready-all, is older than pyproject.toml.
+# A failure says in one sentence what is missing.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 log=.venv/setup.log
@@ -44,10 +45,16 @@ explain() {
     said 'Permission denied' && fail "a file could not be written; $log says which."
     fail "pip could not install the packages; the reason stands above and in $log."
 }
-case "${1:-run}" in run) what=. ;; *) what=".[$(printf %s "$1" | tr + ,)]" ;; esac
+case "${1:-run}" in
+    run) what=. ready=.venv/ready-run ;;
+    all) what='.[dev,peers,docs]' ready='.venv/ready-run .venv/ready-all' ;;
+    *) fail "there is no set of packages $1; it is run or all." ;;
+esac
 note "installing $what (the first time this fetches torch, several GB)"
-rm -f "$log"
-.venv/bin/python -m pip install --no-input --disable-pip-version-check --log "$log" -e "$what" || explain
+rm -f "$log" .venv/installed
+{ PYTHONUNBUFFERED=1 .venv/bin/python -m pip install --no-input --disable-pip-version-check --log "$log" -e "$what" && touch .venv/installed; } |
+    grep --line-buffered -v "^Requirement already satisfied"
+[ -e .venv/installed ] || explain
 
 # ---- nbdev's git hooks and merge driver, with full paths so that git finds them when .venv is not activated.
 hooks() {
@@ -59,4 +66,5 @@ hooks() {
 if [ -d .git ] && [ -x .venv/bin/nbdev-install-hooks ] && command -v git >/dev/null 2>&1; then
     hooks || note "nbdev's git hooks could not be installed; everything else works."
 fi
+touch $ready || fail "the folder .venv cannot be written."
 note "ready"
