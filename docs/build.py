@@ -6,6 +6,14 @@ here = Path(__file__).resolve().parent
 root = here.parent
 sys.path[:0] = [str(here), str(root)]
 
+def tidy(html:Path, source:Path, extra:Path):
+    "Remove what an earlier build left of pages that are gone."
+    pages = {f.relative_to(source).with_suffix('.html') for f in source.rglob('*')} | {Path('search.html')} | {Path(f'source/{f.stem}.html') for f in (root / 'deformlit').glob('*.py')}
+    copies = {f.relative_to(extra) for f in extra.rglob('*')}
+    for f in html.rglob('*'):
+        name = f.relative_to(html)
+        if f.suffix == '.html' and name not in pages or f.suffix in ('.md', '.ipynb') and name not in copies: f.unlink()
+
 def build(out:Path, fresh=False) -> int:
     "Build the site into `out/html`; returns the number of problems."
     os.chdir(root)
@@ -18,6 +26,7 @@ def build(out:Path, fresh=False) -> int:
     found = pages.stage(root, proc, source, extra)
     print(f'{len(found)} pages staged in {time.time() - start:.0f} s', flush=True)
     if failed := build_main(['-q', '-W', '--keep-going', '-b', 'html', '-c', str(here), '-d', str(out / 'doctrees'), str(source), str(html)]): return failed
+    tidy(html, source, extra)
     shutil.copytree(extra, html, dirs_exist_ok=True)
     shutil.rmtree(html / '_sources', ignore_errors=True)
     for made_for_the_theme in html.glob('_static/*-macros.html'): made_for_the_theme.unlink()

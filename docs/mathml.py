@@ -43,22 +43,25 @@ def mend(tree):
 
 BIG = set('∑∏∐⋃⋂⨁⨂⨀⋁⋀')
 def space(tree):
-    "No gaps around bars; a named operator (softmax) stands close to its bracket."
+    "No gaps around bars; a named operator (softmax) stands close to its bracket and apart from a letter."
     for row in tree.iter():
-        for e, after in zip(row, [*row[1:], None]):
-            if e.tag != '{' + NS + '}mo' or not e.text: continue
-            if e.text in '|‖∥': e.set('lspace', '0'); e.set('rspace', '0')
-            elif e.text.isalpha() and len(e.text) > 1:
+        for before, e, after in zip([None, *row], row, [*row[1:], None]):
+            inner = e[0] if len(e) and e.tag.removeprefix('{' + NS + '}') in ARITY else e
+            if inner.tag != '{' + NS + '}mo' or not inner.text: continue
+            if inner.text in '|‖∥': inner.set('lspace', '0'); inner.set('rspace', '0')
+            elif inner.text.replace('\u2009', '').isalpha() and len(inner.text) > 1:
                 first = after[0] if after is not None and len(after) else after
-                e.set('lspace', '0')
-                e.set('rspace', '0' if first is not None and first.text in ('(', '[', '{') else '0.167em')
+                near = first is None or first.text in ('(', '[', '{')
+                inner.set('lspace', '0' if before is None or before.tag.endswith(('}mo', '}mspace')) else '0.167em')
+                inner.set('rspace', '0' if near else '0.167em')
     return tree
 
+BIG = set('∑∏∐⋃⋂⨁⨂⨀⋁⋀') | {'min', 'max', 'lim', 'sup', 'inf', 'argmin', 'argmax'}
 def limits(tree):
-    "In a displayed formula the limits of a sum stand below and above it, also inside brackets."
+    "In a displayed formula the limits of a sum or a minimum stand below and above it, also inside brackets."
     for e in tree.iter():
         kind = {'msub': 'munder', 'msup': 'mover', 'msubsup': 'munderover'}.get(e.tag.removeprefix('{' + NS + '}'))
-        if kind and e[0].text in BIG: e.tag = '{' + NS + '}' + kind
+        if kind and (e[0].text or '').replace('\u2009', '') in BIG: e.tag = '{' + NS + '}' + kind
     return tree
 
 def align(tree):
@@ -75,8 +78,9 @@ def to_mathml(latex:str, display:bool=False) -> str:
     source, label = latex.strip(), ''
     body = re.sub(r'\\(begin|end)\{(?:aligned|align\*?|gathered|gather\*?|equation\*?)\}', lambda m: rf'\{m[1]}{{split}}', source)
     if 'begin{equation' in source: body = re.sub(r'\\(begin|end)\{split\}', '', body)
+    for wrong, right in ((r'\\arg\s*\\(min|max)(?![a-z])', r'\\arg\1'), (r'\\arg(?![a-z])', r'\\operatorname{arg}'), (r'\\([bB]ig+)[lr](?![a-z])', r'\\\1')): body = re.sub(wrong, right, body)
     paired = '{split}' in body
-    try: tree = ET.fromstring(convert(body.replace('\\bigl', '\\big').replace('\\bigr', '\\big').replace('\\Bigl', '\\Big').replace('\\Bigr', '\\Big'), display='block' if display else 'inline'))
+    try: tree = ET.fromstring(convert(body, display='block' if display else 'inline'))
     except ET.ParseError as e: raise MathError("cannot be parsed ('&' outside a table?)") from e
     except Exception as e: raise MathError(f'{type(e).__name__} {e}'.strip()) from e
     space(mend(tree))

@@ -67,12 +67,12 @@ def params(fn, notes, owned=False):
     if a.kwarg: rows.append((a.kwarg, None, '**'))
     static = any(text(d) == 'staticmethod' for d in fn.decorator_list)
     if owned and not static: rows = rows[1:]
-    last = {}   # the comment at the end of a line belongs to the last parameter that starts there
-    for arg, *_ in rows:
-        if arg is not None: last[arg.lineno] = arg
+    ends = {}   # a comment at the end of a line belongs to all parameters of the line
+    for arg, default, _ in rows:
+        if arg is not None: ends[arg.lineno] = (default or arg).end_lineno
     for arg, default, stars in rows:
         if arg is None: found.append(Param('*')); continue
-        note = beside(arg.lineno, (default or arg).end_lineno, notes) if last[arg.lineno] is arg and arg.lineno != fn.lineno else ''
+        note = beside(arg.lineno, ends[arg.lineno], notes) if arg.lineno != fn.lineno else ''
         found.append(Param(stars + arg.arg, text(arg.annotation), text(default), note))
     returns = None
     first = fn.body[0].lineno

@@ -48,7 +48,7 @@ def f(
     y:int=LIMIT,   # the second
     # above the third
     *rest,
-    flag='a|b',
+    flag='a|b', other=None, # both
 ) -> 'Tensor':     # what comes back
     "Says `f`."
 def _private(): pass
@@ -72,7 +72,7 @@ def test_symbols(tmp_path):
     write(tmp_path / 'pkg/x.py', SOURCE)
     p = Package(tmp_path / 'pkg')
     f = p.find('f()')
-    assert [(o.name, o.type, o.default, o.text) for o in f.params] == [('x', '', '', 'the first'), ('y', 'int', 'LIMIT', 'the second'), ('*rest', '', '', 'above the third'), ('flag', '', "'a|b'", '')]
+    assert [(o.name, o.type, o.default, o.text) for o in f.params] == [('x', '', '', 'the first'), ('y', 'int', 'LIMIT', 'the second'), ('*rest', '', '', 'above the third'), ('flag', '', "'a|b'", 'both'), ('other', '', 'None', 'both')]
     assert (f.returns.type, f.returns.text, f.page, f.full) == ("'Tensor'", 'what comes back', '11_x.ipynb', 'pkg.x.f')
     assert p.find('LIMIT').kind == 'data' and p.find('C.size').kind == 'property' and p.find('C.later').kind == 'method' and p.find('x.C') is p.find('pkg.x.C') is p.find('C')
     assert [o.name for o in p.find('C').params] == ['n'] and [o.text for o in p.find('R').params] == ['how many']
