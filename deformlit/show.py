@@ -7,14 +7,14 @@ __all__ = ['INK', 'COLOURS', 'STYLE', 'MARKS', 'live', 'style', 'panels', 'ramp'
            'show_image', 'jpeg', 'show_boxes', 'show_offsets', 'show_points', 'show_levels', 'Look', 'record_points',
            'show_look', 'jpeg_uri', 'Live']
 
-# %% ../nbs/01_show.ipynb #8fa4c47f
+# %% ../nbs/01_show.ipynb #3c87d213
 import base64, contextlib, html, inspect, io, json, math, re
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .core import *
 
-# %% ../nbs/01_show.ipynb #e232b66b
+# %% ../nbs/01_show.ipynb #0dcf10ff
 INK, COLOURS = '#7a7a7a', ('#e07b00', '#2a8fd8', '#2fa05a', '#d0468c', '#8a63d2', '#b39500', '#d9534f', '#17a2a2')
 
 _GREY = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color')
@@ -43,7 +43,7 @@ def panels(
     with style(): axes = plt.subplots(rows, cols, figsize=(w*cols, h*rows), squeeze=False, layout='constrained')[1].ravel()
     return axes[0] if len(axes) == 1 else axes
 
-# %% ../nbs/01_show.ipynb #02c4f582
+# %% ../nbs/01_show.ipynb #9d1fa355
 def ramp(h:int=4, w:int=4) -> Tensor: # `1 1 h w`
     "A map in which every pixel holds its own number."
     return torch.arange(h * w, dtype=torch.float32).view(1, 1, h, w)
@@ -60,7 +60,7 @@ def _pixel_lines(ax, h, w, color='white', alpha=.35):
     for i in range(h + 1): ax.plot([0, 1], [i / h] * 2, color=color, alpha=alpha, lw=.7, clip_on=False)
     for j in range(w + 1): ax.plot([j / w] * 2, [0, 1], color=color, alpha=alpha, lw=.7, clip_on=False)
 
-# %% ../nbs/01_show.ipynb #3d634ddf
+# %% ../nbs/01_show.ipynb #eba3d9b0
 def show_map(
     x,                      # Map `h w` (leading ones are dropped)
     ax=None,                # Axis to draw on
@@ -74,7 +74,7 @@ def show_map(
     (h, w), ax = check_shape('x', x, 'h w').values(), panels(size=2.2) if ax is None else ax
     low, high = (x.min().item() if vmin is None else vmin), (x.max().item() if vmax is None else vmax)
     shade = (x.float() - low) / max(high - low, 1e-12) * 0.55 + 0.08     # never too dark for black numbers
-    ax.imshow(shade, cmap='Greys', vmin=0, vmax=1, extent=(0, 1, 1, 0))
+    ax.imshow(shade.numpy(), cmap='Greys', vmin=0, vmax=1, extent=(0, 1, 1, 0))
     if numbers or (numbers is None and x.numel() <= 100):
         whole = bool((x == x.round()).all())
         for i in range(h):
@@ -82,7 +82,7 @@ def show_map(
                 ax.text((j + .5) / w, (i + .5) / h, f'{x[i, j]:.0f}' if whole else f'{x[i, j]:.3g}', ha='center', va='center', color='black', fontsize=10 if w <= 6 else 7)
     return _frame(ax, h, w, title)
 
-# %% ../nbs/01_show.ipynb #f9d52022
+# %% ../nbs/01_show.ipynb #ae88c9da
 def example_photo(
     name:str='chelsea', # 'chelsea' (a cat), 'astronaut', 'coffee', 'rocket' of scikit-image; 'china', 'flower' of scikit-learn
     size:int=None,      # Side of a square cut from the middle and resized; the whole photo if left out
@@ -103,7 +103,7 @@ def example_photo(
     x = x[:, top:top + side, left:left + side]
     return F.interpolate(x[None], (size, size), mode='bilinear', antialias=True, align_corners=False)[0].clamp(0, 1)
 
-# %% ../nbs/01_show.ipynb #34b8e814
+# %% ../nbs/01_show.ipynb #fe8dfa93
 def to_array(
     img, # Tensor `3 h w`, `1 h w` or `h w` in [0, 1]; array `h w 3` or `h w` (uint8, or in [0, 1]); Pillow image
 ):
@@ -130,7 +130,7 @@ def show_image(
     ax.imshow(a, cmap='gray', vmin=0, vmax=255, extent=(0, 1, 1, 0), interpolation='antialiased')
     return _frame(ax, h, w, title)
 
-# %% ../nbs/01_show.ipynb #5ab37f6c
+# %% ../nbs/01_show.ipynb #90170f4b
 def jpeg(
     on:bool=True,   # False: back to PNG
     quality:int=75, # 1 to 95
@@ -143,7 +143,7 @@ def jpeg(
         if on: set_matplotlib_formats('jpeg', pil_kwargs=dict(quality=quality))
         else: set_matplotlib_formats('png')
 
-# %% ../nbs/01_show.ipynb #4b8f712b
+# %% ../nbs/01_show.ipynb #327edbcb
 def show_boxes(
     img,            # A picture, or None to draw on `ax` as it is
     boxes,          # `m 4`: (cx, cy, w, h) in [0, 1]
@@ -173,7 +173,7 @@ def _outline(ax, x, y, w, h, color):
     import matplotlib.pyplot as plt
     for wide, c in ((3.5, '#00000080'), (2, color)): ax.add_patch(plt.Rectangle((x, y), w, h, fill=False, edgecolor=c, linewidth=wide))
 
-# %% ../nbs/01_show.ipynb #c8f3cc9f
+# %% ../nbs/01_show.ipynb #273aba07
 def show_offsets(
     offsets:Tensor,    # `h w 2`: (x, y) in pixels of this map
     ax=None,           # Axis to draw on
@@ -188,11 +188,11 @@ def show_offsets(
     dx, dy = (offsets.detach().cpu().float() / torch.tensor([w, h]))[::step, ::step].unbind(-1)
     x, y = ((x + .5) / w)[::step, ::step], ((y + .5) / h)[::step, ::step]
     if step == 1: _pixel_lines(ax, h, w, INK)
-    arrows = _frame(ax, h, w, title).quiver(x, y, dx, dy, color=color, angles='xy', scale_units='xy', scale=1, width=.009, clip_on=False)
+    arrows = _frame(ax, h, w, title).quiver(*(o.numpy() for o in (x, y, dx, dy)), color=color, angles='xy', scale_units='xy', scale=1, width=.009, clip_on=False)
     arrows.set_in_layout(False)
     return ax
 
-# %% ../nbs/01_show.ipynb #eca387b7
+# %% ../nbs/01_show.ipynb #4a96a824
 def _gather(points, weights, reference):
     "Points `l m 2`, weights `l m` or None, references `l 2` or `l 4` or None; heads and whatever comes before the levels are taken together."
     check(isinstance(points, Tensor) and points.ndim > 1 and points.shape[-1] == 2, 'points', points, 'a tensor of shape (k, 2), (l, k, 2) or (..., l, k, 2)')
@@ -206,38 +206,38 @@ def _gather(points, weights, reference):
         reference = reference.expand(len(points), -1)
     return points, weights, reference
 
-# %% ../nbs/01_show.ipynb #38d0c63b
+# %% ../nbs/01_show.ipynb #1cec98b2
 MARKS = 'os^DPXv*'   # the shape of a mark says its level
 
 def _marks(ax, points, weights, most, level, size, cmap):
     "The points of one level, `m 2`, sized and coloured by their part of the largest weight `most`; returns how many are too far out to be drawn."
-    near = ((points > -.1) & (points < 1.1)).all(-1)
+    near = ((points > -.05) & (points < 1.05)).all(-1)
     part = torch.full(points.shape[:1], .6) if weights is None else weights / most
     order = part.argsort()
     order = order[near[order]]
-    colour = dict(color=COLOURS[0]) if weights is None else dict(c=part[order], cmap=cmap, vmin=0, vmax=1)
-    ax.scatter(*points[order].T, s=size * (.2 + .8 * part[order]), marker=MARKS[level % len(MARKS)], edgecolors='black', linewidths=.7, clip_on=False, zorder=3, **colour)
+    colour = dict(color=COLOURS[0]) if weights is None else dict(c=part[order].numpy(), cmap=cmap, vmin=0, vmax=1)
+    ax.scatter(*points[order].T.numpy(), s=(size * (.2 + .8 * part[order])).numpy(), marker=MARKS[level % len(MARKS)], edgecolors='black', linewidths=.7, clip_on=False, zorder=3, **colour)
     return int((~near).sum())
 
 def _reference(ax, reference):
     "A reference point as a cross that shows on any ground; a reference box with its outline."
-    if len(reference) == 4: _outline(ax, *(reference[:2] - reference[2:] / 2), *reference[2:], '#00a040')
-    for wide, c in ((4.4, 'white'), (2, '#00a040')): ax.plot(*reference[:2], '+', ms=11, mew=wide, color=c, clip_on=False, zorder=4)
+    if len(reference) == 4: _outline(ax, *(reference[:2] - reference[2:] / 2).tolist(), *reference[2:].tolist(), '#00a040')
+    for wide, c in ((4.4, 'white'), (2, '#00a040')): ax.plot(*reference[:2].tolist(), '+', ms=11, mew=wide, color=c, clip_on=False, zorder=4)
 
-# %% ../nbs/01_show.ipynb #a761bf34
+# %% ../nbs/01_show.ipynb #5371520a
 def _notes(ax, levels, most, cmap, far):
     "What shapes and colours mean, and how many points are not on the picture."
     from matplotlib import cm, colors, lines
     if levels > 1:
         marks = [lines.Line2D([], [], marker=MARKS[i % len(MARKS)], ls='', color=INK, ms=6, label=f'level {i + 1}') for i in range(levels)]
-        ax.legend(handles=marks, loc='upper center', bbox_to_anchor=(.5, 0), ncols=min(levels, 4), fontsize=8, frameon=False, labelcolor=INK, handletextpad=0, columnspacing=1)
+        ax.legend(handles=marks, loc='upper center', bbox_to_anchor=(.5, -.03), ncols=min(levels, 4), fontsize=8, frameon=False, labelcolor=INK, handletextpad=0, columnspacing=1)
     if most is not None:
         strip = ax.inset_axes([1.04, .15, .03, .7])
         with style(): ax.figure.colorbar(cm.ScalarMappable(colors.Normalize(0, most), cmap), cax=strip, ticks=[0, most], format='%.2g').set_label('weight', color=INK, labelpad=-12)
         strip.tick_params(labelsize=8, color=INK, labelcolor=INK)
     if far: ax.text(1, 1.02, f'{far} farther out', color=INK, fontsize=8, ha='right', va='top')
 
-# %% ../nbs/01_show.ipynb #b964d1b6
+# %% ../nbs/01_show.ipynb #9df36f6d
 def show_points(
     image,          # A picture, or None to draw on `ax` as it is
     points:Tensor,  # `k 2`, `l k 2` or `... l k 2` (heads first): (x, y) in [0, 1]
@@ -262,7 +262,7 @@ def show_points(
     if notes: _notes(ax, len(points), most, cmap, far)
     return ax
 
-# %% ../nbs/01_show.ipynb #2d595c5e
+# %% ../nbs/01_show.ipynb #cfbf6d51
 def show_levels(
     image,          # A picture
     points:Tensor,  # `l k 2` or `... l k 2` (heads first): (x, y) in [0, 1]
@@ -286,7 +286,7 @@ def show_levels(
         _notes(ax, 1, most if i == len(points) - 1 else None, cmap, far)
     return axes
 
-# %% ../nbs/01_show.ipynb #e8ce1c42
+# %% ../nbs/01_show.ipynb #22019619
 class Look(NamedTuple):
     "Where the queries of one module looked."
     name: str          # Name of the module in the model
@@ -316,7 +316,7 @@ def record_points(
     finally:
         for o in hooks: o.remove()
 
-# %% ../nbs/01_show.ipynb #e5ce1d3c
+# %% ../nbs/01_show.ipynb #08f3de61
 def show_look(
     image,       # The picture that the model saw
     look:Look,   # A record of `record_points`
@@ -328,7 +328,7 @@ def show_look(
     reference = look.reference[batch, query]
     return show_points(image, look.points[batch, query], look.weights[batch, query], reference, **{'title': f'{look.name}, query {query}', **kwargs})
 
-# %% ../nbs/01_show.ipynb #44647eb4
+# %% ../nbs/01_show.ipynb #e16c2206
 def jpeg_uri(
     img,            # A picture, as for `to_array`
     quality:int=80, # 1 to 95
@@ -339,7 +339,7 @@ def jpeg_uri(
     Image.fromarray(to_array(img)).save(buf, 'JPEG', quality=quality)
     return 'data:image/jpeg;base64,' + base64.b64encode(buf.getvalue()).decode()
 
-# %% ../nbs/01_show.ipynb #335c57e6
+# %% ../nbs/01_show.ipynb #08cb45c1
 _DRAG = """
 const svg = root.querySelector('svg');
 function drag(handle, move, step = 1, within = null) {   // move(x, y) gets units of the viewBox; an arrow key moves by step, with shift by 5 steps
@@ -369,7 +369,7 @@ function drag(handle, move, step = 1, within = null) {   // move(x, y) gets unit
 }
 """
 
-# %% ../nbs/01_show.ipynb #e3d55023
+# %% ../nbs/01_show.ipynb #c5f8170a
 class Live:
     "A figure that the reader moves: inline SVG and plain JavaScript over embedded data."
     def __init__(self,

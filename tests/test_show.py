@@ -88,7 +88,7 @@ def test_weights_rule_size_and_colour():
     assert (np.diff(c.get_sizes()) > 0).all() and (np.diff(np.asarray(c.get_array())) > 0).all()
 
 def test_far_points_are_counted():
-    ax = show_points(torch.zeros(3, 6, 8), torch.tensor([[.5, .5], [1.05, .5], [4., 4.], [-1., .2]]))
+    ax = show_points(torch.zeros(3, 6, 8), torch.tensor([[.5, .5], [1.04, .5], [4., 4.], [-1., .2]]))
     assert len(spots(ax)) == 2 and [o.get_text() for o in ax.texts] == ['2 farther out']
 
 @pytest.mark.parametrize('kwargs', [dict(), dict(weights=torch.zeros(3)), dict(reference=torch.tensor([.2, .2, .1, .1])), dict(boxes=torch.rand(2, 4)), dict(notes=False)])
