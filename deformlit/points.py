@@ -6,12 +6,12 @@
 __all__ = ['pixel_centres_loop', 'pixel_centres', 'to_pixels', 'from_pixels', 'to_signed', 'from_signed', 'swap_xy', 'to_corners',
            'from_corners', 'valid_ratios']
 
-# %% ../nbs/02_points.ipynb #7edd9580
+# %% ../nbs/02_points.ipynb #f10d341f
 import torch
 from torch import Tensor
 from .core import *
 
-# %% ../nbs/02_points.ipynb #563b88e3
+# %% ../nbs/02_points.ipynb #cd3088d4
 def pixel_centres_loop(
     h:int, # Rows
     w:int, # Columns
@@ -19,7 +19,7 @@ def pixel_centres_loop(
     "The centres of all pixels, as the formula reads."
     return [[((j + 0.5) / w, (i + 0.5) / h) for j in range(w)] for i in range(h)]
 
-# %% ../nbs/02_points.ipynb #15e480f6
+# %% ../nbs/02_points.ipynb #4f3d3fcd
 def pixel_centres(
     h:int,               # Rows
     w:int,               # Columns
@@ -31,7 +31,7 @@ def pixel_centres(
     x = (torch.arange(w, device=device, dtype=dtype) + 0.5) / w
     return torch.stack(torch.meshgrid(x, y, indexing='xy'), -1)
 
-# %% ../nbs/02_points.ipynb #7cab1721
+# %% ../nbs/02_points.ipynb #5c0b9368
 def _wh(points, h, w):
     "(w, h) as a tensor like the points, whose last dimension must be 2."
     check(points.shape[-1] == 2, 'points', points, 'points (x, y): a last dimension of 2')
@@ -39,39 +39,41 @@ def _wh(points, h, w):
 
 def to_pixels(
     points:Tensor, # `... 2` in [0,1] over edges
-    h, w,          # Size of the map
-) -> Tensor:
+    h,             # Rows of the map
+    w,             # Columns of the map
+) -> Tensor:      # `... 2` in pixels
     "From [0,1] over edges to pixels, 0 at the centre of the first: `p * size - 0.5`."
     return points * _wh(points, h, w) - 0.5
 
 def from_pixels(
     points:Tensor, # `... 2` in pixels, 0 at the centre of the first
-    h, w,          # Size of the map
-) -> Tensor:
+    h,             # Rows of the map
+    w,             # Columns of the map
+) -> Tensor:      # `... 2` in [0,1]
     "From pixels to [0,1] over edges: `(p + 0.5) / size`."
     return (points + 0.5) / _wh(points, h, w)
 
-# %% ../nbs/02_points.ipynb #6c61070c
+# %% ../nbs/02_points.ipynb #6763d462
 def to_signed(
     points:Tensor, # `... 2` in [0,1] over edges
-) -> Tensor:
+) -> Tensor:      # `... 2` in [-1,1]
     "From [0,1] to [-1,1], both over edges: what `grid_sample(align_corners=False)` reads."
     return 2 * points - 1
 
 def from_signed(
     points:Tensor, # `... 2` in [-1,1] over edges
-) -> Tensor:
+) -> Tensor:      # `... 2` in [0,1]
     "From [-1,1] to [0,1], both over edges."
     return (points + 1) / 2
 
 def swap_xy(
     points:Tensor, # `... 2` in any unit
-) -> Tensor:
+) -> Tensor:      # `... 2`, the other way round
     "(x, y) to (y, x), and back."
     check(points.shape[-1] == 2, 'points', points, 'points: a last dimension of 2')
     return points.flip(-1)
 
-# %% ../nbs/02_points.ipynb #25a6b50d
+# %% ../nbs/02_points.ipynb #6f6ac81b
 def _ends(points, h, w):
     "(w - 1, h - 1); a map of one row or column has no such ruler."
     check(h > 1 and w > 1, 'h, w', f'{h}, {w}', 'more than one row and column: the centres of the corner pixels are the ends of this ruler')
@@ -79,22 +81,24 @@ def _ends(points, h, w):
 
 def to_corners(
     points:Tensor, # `... 2` in [0,1] over edges
-    h, w,          # Size of the map, both above 1
-) -> Tensor:
+    h,             # Rows of the map, above 1
+    w,             # Columns of the map, above 1
+) -> Tensor:      # `... 2` in [-1,1]
     "From [0,1] over edges to [-1,1] over the centres of the corner pixels: what `grid_sample(align_corners=True)` reads."
     return 2 * to_pixels(points, h, w) / _ends(points, h, w) - 1
 
 def from_corners(
     points:Tensor, # `... 2` in [-1,1] over the centres of the corner pixels
-    h, w,          # Size of the map, both above 1
-) -> Tensor:
+    h,             # Rows of the map, above 1
+    w,             # Columns of the map, above 1
+) -> Tensor:      # `... 2` in [0,1]
     "From [-1,1] over the centres of the corner pixels to [0,1] over edges."
     return from_pixels((points + 1) / 2 * _ends(points, h, w), h, w)
 
-# %% ../nbs/02_points.ipynb #00297bd6
+# %% ../nbs/02_points.ipynb #0897ddf9
 def valid_ratios(
     mask:Tensor, # `b h w`, True = padding, which lies to the right and below
-) -> Tensor:     # `b 2`: (x, y)
+) -> Tensor:     # `b 2`: (x, y) in [0,1]
     "The parts of width and height of a padded map that hold the image."
     check(mask.ndim == 3 and mask.dtype == torch.bool, 'mask', mask, 'a bool tensor of shape (b, h, w), True = padding')
     h, w = mask.shape[-2:]

@@ -7,14 +7,14 @@ __all__ = ['INK', 'COLOURS', 'STYLE', 'MARKS', 'live', 'style', 'panels', 'ramp'
            'show_image', 'jpeg', 'show_boxes', 'show_offsets', 'show_points', 'show_levels', 'Look', 'record_points',
            'show_look', 'jpeg_uri', 'Live']
 
-# %% ../nbs/01_show.ipynb #3c87d213
+# %% ../nbs/01_show.ipynb #4eab4d6c
 import base64, contextlib, html, inspect, io, json, math, re
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .core import *
 
-# %% ../nbs/01_show.ipynb #0dcf10ff
+# %% ../nbs/01_show.ipynb #8d916b9a
 INK, COLOURS = '#7a7a7a', ('#e07b00', '#2a8fd8', '#2fa05a', '#d0468c', '#8a63d2', '#b39500', '#d9534f', '#17a2a2')
 
 _GREY = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color')
@@ -43,8 +43,11 @@ def panels(
     with style(): axes = plt.subplots(rows, cols, figsize=(w*cols, h*rows), squeeze=False, layout='constrained')[1].ravel()
     return axes[0] if len(axes) == 1 else axes
 
-# %% ../nbs/01_show.ipynb #9d1fa355
-def ramp(h:int=4, w:int=4) -> Tensor: # `1 1 h w`
+# %% ../nbs/01_show.ipynb #70acff7f
+def ramp(
+    h:int=4, # Rows
+    w:int=4, # Columns
+) -> Tensor: # `1 1 h w`
     "A map in which every pixel holds its own number."
     return torch.arange(h * w, dtype=torch.float32).view(1, 1, h, w)
 
@@ -60,13 +63,14 @@ def _pixel_lines(ax, h, w, color='white', alpha=.35):
     for i in range(h + 1): ax.plot([0, 1], [i / h] * 2, color=color, alpha=alpha, lw=.7, clip_on=False)
     for j in range(w + 1): ax.plot([j / w] * 2, [0, 1], color=color, alpha=alpha, lw=.7, clip_on=False)
 
-# %% ../nbs/01_show.ipynb #eba3d9b0
+# %% ../nbs/01_show.ipynb #a1fc2358
 def show_map(
     x,                      # Map `h w` (leading ones are dropped)
     ax=None,                # Axis to draw on
     title:str=None,         # Title
     numbers:bool=None,      # Write the numbers? By default up to 100 pixels
-    vmin=None, vmax=None,   # Values of the lightest and the darkest grey
+    vmin:float=None,        # Value of the lightest grey; the smallest, if left out
+    vmax:float=None,        # Value of the darkest grey; the largest, if left out
 ):
     "A map in greys, with its numbers if it is small; returns the axis."
     x = torch.as_tensor(x).detach().cpu()
@@ -82,7 +86,7 @@ def show_map(
                 ax.text((j + .5) / w, (i + .5) / h, f'{x[i, j]:.0f}' if whole else f'{x[i, j]:.3g}', ha='center', va='center', color='black', fontsize=10 if w <= 6 else 7)
     return _frame(ax, h, w, title)
 
-# %% ../nbs/01_show.ipynb #ae88c9da
+# %% ../nbs/01_show.ipynb #0dbba7ad
 def example_photo(
     name:str='chelsea', # 'chelsea' (a cat), 'astronaut', 'coffee', 'rocket' of scikit-image; 'china', 'flower' of scikit-learn
     size:int=None,      # Side of a square cut from the middle and resized; the whole photo if left out
@@ -103,7 +107,7 @@ def example_photo(
     x = x[:, top:top + side, left:left + side]
     return F.interpolate(x[None], (size, size), mode='bilinear', antialias=True, align_corners=False)[0].clamp(0, 1)
 
-# %% ../nbs/01_show.ipynb #fe8dfa93
+# %% ../nbs/01_show.ipynb #736c0d7e
 def to_array(
     img, # Tensor `3 h w`, `1 h w` or `h w` in [0, 1]; array `h w 3` or `h w` (uint8, or in [0, 1]); Pillow image
 ):
@@ -130,7 +134,7 @@ def show_image(
     ax.imshow(a, cmap='gray', vmin=0, vmax=255, extent=(0, 1, 1, 0), interpolation='antialiased')
     return _frame(ax, h, w, title)
 
-# %% ../nbs/01_show.ipynb #90170f4b
+# %% ../nbs/01_show.ipynb #53edbf48
 def jpeg(
     on:bool=True,   # False: back to PNG
     quality:int=75, # 1 to 95
@@ -143,7 +147,7 @@ def jpeg(
         if on: set_matplotlib_formats('jpeg', pil_kwargs=dict(quality=quality))
         else: set_matplotlib_formats('png')
 
-# %% ../nbs/01_show.ipynb #327edbcb
+# %% ../nbs/01_show.ipynb #55c670f0
 def show_boxes(
     img,            # A picture, or None to draw on `ax` as it is
     boxes,          # `m 4`: (cx, cy, w, h) in [0, 1]
@@ -173,7 +177,7 @@ def _outline(ax, x, y, w, h, color):
     import matplotlib.pyplot as plt
     for wide, c in ((3.5, '#00000080'), (2, color)): ax.add_patch(plt.Rectangle((x, y), w, h, fill=False, edgecolor=c, linewidth=wide))
 
-# %% ../nbs/01_show.ipynb #273aba07
+# %% ../nbs/01_show.ipynb #6900960c
 def show_offsets(
     offsets:Tensor,    # `h w 2`: (x, y) in pixels of this map
     ax=None,           # Axis to draw on
@@ -192,7 +196,7 @@ def show_offsets(
     arrows.set_in_layout(False)
     return ax
 
-# %% ../nbs/01_show.ipynb #4a96a824
+# %% ../nbs/01_show.ipynb #394cfd7f
 def _gather(points, weights, reference):
     "Points `l m 2`, weights `l m` or None, references `l 2` or `l 4` or None; heads and whatever comes before the levels are taken together."
     check(isinstance(points, Tensor) and points.ndim > 1 and points.shape[-1] == 2, 'points', points, 'a tensor of shape (k, 2), (l, k, 2) or (..., l, k, 2)')
@@ -206,7 +210,7 @@ def _gather(points, weights, reference):
         reference = reference.expand(len(points), -1)
     return points, weights, reference
 
-# %% ../nbs/01_show.ipynb #1cec98b2
+# %% ../nbs/01_show.ipynb #16aed11a
 MARKS = 'os^DPXv*'   # the shape of a mark says its level
 
 def _marks(ax, points, weights, most, level, size, cmap):
@@ -224,7 +228,7 @@ def _reference(ax, reference):
     if len(reference) == 4: _outline(ax, *(reference[:2] - reference[2:] / 2).tolist(), *reference[2:].tolist(), '#00a040')
     for wide, c in ((4.4, 'white'), (2, '#00a040')): ax.plot(*reference[:2].tolist(), '+', ms=11, mew=wide, color=c, clip_on=False, zorder=4)
 
-# %% ../nbs/01_show.ipynb #5371520a
+# %% ../nbs/01_show.ipynb #2fddf1a8
 def _notes(ax, levels, most, cmap, far):
     "What shapes and colours mean, and how many points are not on the picture."
     from matplotlib import cm, colors, lines
@@ -237,7 +241,7 @@ def _notes(ax, levels, most, cmap, far):
         strip.tick_params(labelsize=8, color=INK, labelcolor=INK)
     if far: ax.text(1, 1.02, f'{far} farther out', color=INK, fontsize=8, ha='right', va='top')
 
-# %% ../nbs/01_show.ipynb #9df36f6d
+# %% ../nbs/01_show.ipynb #01e33c0d
 def show_points(
     image,          # A picture, or None to draw on `ax` as it is
     points:Tensor,  # `k 2`, `l k 2` or `... l k 2` (heads first): (x, y) in [0, 1]
@@ -262,7 +266,7 @@ def show_points(
     if notes: _notes(ax, len(points), most, cmap, far)
     return ax
 
-# %% ../nbs/01_show.ipynb #cfbf6d51
+# %% ../nbs/01_show.ipynb #396c7fd8
 def show_levels(
     image,          # A picture
     points:Tensor,  # `l k 2` or `... l k 2` (heads first): (x, y) in [0, 1]
@@ -286,7 +290,7 @@ def show_levels(
         _notes(ax, 1, most if i == len(points) - 1 else None, cmap, far)
     return axes
 
-# %% ../nbs/01_show.ipynb #22019619
+# %% ../nbs/01_show.ipynb #337c4a7d
 class Look(NamedTuple):
     "Where the queries of one module looked."
     name: str          # Name of the module in the model
@@ -316,7 +320,7 @@ def record_points(
     finally:
         for o in hooks: o.remove()
 
-# %% ../nbs/01_show.ipynb #08f3de61
+# %% ../nbs/01_show.ipynb #2b69f39c
 def show_look(
     image,       # The picture that the model saw
     look:Look,   # A record of `record_points`
@@ -328,7 +332,7 @@ def show_look(
     reference = look.reference[batch, query]
     return show_points(image, look.points[batch, query], look.weights[batch, query], reference, **{'title': f'{look.name}, query {query}', **kwargs})
 
-# %% ../nbs/01_show.ipynb #e16c2206
+# %% ../nbs/01_show.ipynb #b6beb226
 def jpeg_uri(
     img,            # A picture, as for `to_array`
     quality:int=80, # 1 to 95
@@ -339,7 +343,7 @@ def jpeg_uri(
     Image.fromarray(to_array(img)).save(buf, 'JPEG', quality=quality)
     return 'data:image/jpeg;base64,' + base64.b64encode(buf.getvalue()).decode()
 
-# %% ../nbs/01_show.ipynb #08cb45c1
+# %% ../nbs/01_show.ipynb #84c01381
 _DRAG = """
 const svg = root.querySelector('svg');
 function drag(handle, move, step = 1, within = null) {   // move(x, y) gets units of the viewBox; an arrow key moves by step, with shift by 5 steps
@@ -369,7 +373,7 @@ function drag(handle, move, step = 1, within = null) {   // move(x, y) gets unit
 }
 """
 
-# %% ../nbs/01_show.ipynb #c5f8170a
+# %% ../nbs/01_show.ipynb #2bbc9a42
 class Live:
     "A figure that the reader moves: inline SVG and plain JavaScript over embedded data."
     def __init__(self,
