@@ -7,7 +7,7 @@ __all__ = ['PHOTOS', 'MEAN', 'STD', 'Scene', 'crop_ink', 'digits', 'photo', 'bac
            'brightness', 'paint', 'DigitScenes', 'make_scene', 'normalise', 'denormalise', 'relative_boxes', 'Batch',
            'collate', 'check_scene', 'DetectionDL', 'show_scenes', 'DetectionDataLoaders', 'digit_dls']
 
-# %% ../nbs/31_data.ipynb #ead62e7e
+# %% ../nbs/31_data.ipynb #5c721fb8
 from functools import lru_cache
 from typing import NamedTuple
 import numpy as np, torch
@@ -18,14 +18,14 @@ from .core import *
 from .boxes import *
 from .show import *
 
-# %% ../nbs/31_data.ipynb #24ea2032
+# %% ../nbs/31_data.ipynb #091c8359
 class Scene(NamedTuple):
     "A picture and the objects in it: what a dataset for a detector gives."
     image:np.ndarray  # `h w 3`, uint8
     boxes:np.ndarray  # `m 4`: (left, top, right, bottom) in pixels, float32
     labels:np.ndarray # `m`: class numbers, int64
 
-# %% ../nbs/31_data.ipynb #37966d48
+# %% ../nbs/31_data.ipynb #549f476e
 def crop_ink(
     glyph,   # `8 8`, ink from 0 to 16
     least=4, # Less ink than this does not count
@@ -34,7 +34,7 @@ def crop_ink(
     rows, columns = np.flatnonzero((glyph >= least).any(1)), np.flatnonzero((glyph >= least).any(0))
     return (glyph[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] / 16).astype(np.float32)
 
-# %% ../nbs/31_data.ipynb #51261614
+# %% ../nbs/31_data.ipynb #8ceae0d6
 @lru_cache
 def digits(
     split:str, # 'train' or 'valid'
@@ -47,7 +47,7 @@ def digits(
     mine = order[fifth if split == 'valid' else ~fifth]
     return [crop_ink(o) for o in data.images[mine]], data.target[mine]
 
-# %% ../nbs/31_data.ipynb #42d0bbb2
+# %% ../nbs/31_data.ipynb #5f5ab537
 PHOTOS = dict(train=('china', 'coffee', 'chelsea', 'immunohistochemistry', 'retina', 'hubble_deep_field', 'brick', 'grass', 'moon'),
               valid=('flower', 'camera', 'gravel', 'cell'))
 
@@ -63,7 +63,7 @@ def photo(
     img = getattr(skimage.data, name)()
     return np.ascontiguousarray((img if img.ndim == 3 else np.repeat(img[..., None], 3, -1))[..., :3])
 
-# %% ../nbs/31_data.ipynb #cdf89574
+# %% ../nbs/31_data.ipynb #045a8d10
 def background(
     rng,       # A numpy `Generator`
     split:str, # 'train' or 'valid'
@@ -76,7 +76,7 @@ def background(
     crop = p[y:y + side, x:x + side][:, ::rng.choice((-1, 1))]
     return np.asarray(Image.fromarray(np.ascontiguousarray(crop)).resize((size, size), Image.BILINEAR))
 
-# %% ../nbs/31_data.ipynb #c8538d43
+# %% ../nbs/31_data.ipynb #32a30d61
 def resize_ink(
     glyph,     # `h w` float32, ink from 0 to 1
     px:float,  # Pixels of the longer side
@@ -85,7 +85,7 @@ def resize_ink(
     h, w = np.maximum(1, np.round(np.array(glyph.shape) * px / max(glyph.shape))).astype(int)
     return np.asarray(Image.fromarray(glyph).resize((int(w), int(h)), Image.BILINEAR))
 
-# %% ../nbs/31_data.ipynb #bb5c74ba
+# %% ../nbs/31_data.ipynb #cad604bc
 def overlap(a, b) -> int: # Both (left, top, right, bottom)
     "Pixels that two boxes share."
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
@@ -107,7 +107,7 @@ def place_box(
         if cover == 0: break
     return best
 
-# %% ../nbs/31_data.ipynb #3592b2e1
+# %% ../nbs/31_data.ipynb #fe2fcb1f
 def brightness(colour): # `... 3` -> `...`
     "How bright a colour looks (ITU-R BT.601)."
     return 0.299 * colour[..., 0] + 0.587 * colour[..., 1] + 0.114 * colour[..., 2]
@@ -126,7 +126,7 @@ def paint(
     alpha = np.clip(ink * 1.3, 0, 1)[..., None]
     under[:] = under * (1 - alpha) + colour * alpha
 
-# %% ../nbs/31_data.ipynb #d760ecef
+# %% ../nbs/31_data.ipynb #805369a1
 class DigitScenes:
     "Handwritten digits on photographs, made in memory: scene `i` depends only on the seed, the split, the epoch and `i`."
     vocab = [str(i) for i in range(10)]
@@ -151,7 +151,7 @@ class DigitScenes:
         if not 0 <= i < self.n: raise IndexError(f'scene {i} of {self.n}')
         return make_scene(np.random.default_rng([self.seed, self.split == 'valid', self.epoch, i]), self.split, self.size, self.digit_px, self.max_digits)
 
-# %% ../nbs/31_data.ipynb #f11d886b
+# %% ../nbs/31_data.ipynb #de189fd1
 def make_scene(
     rng,            # A numpy `Generator`
     split:str,      # 'train' or 'valid'
@@ -171,7 +171,7 @@ def make_scene(
         paint(rng, img, ink, boxes[-1])
     return Scene(img.round().clip(0, 255).astype(np.uint8), np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64))
 
-# %% ../nbs/31_data.ipynb #cb6bce2f
+# %% ../nbs/31_data.ipynb #a7246f4a
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 def normalise(
@@ -193,7 +193,7 @@ def relative_boxes(
     "From pixels and corners to parts of the picture."
     return xyxy_to_cxcywh(torch.as_tensor(np.asarray(boxes), dtype=torch.float32).reshape(-1, 4) / torch.tensor([w, h, w, h]))
 
-# %% ../nbs/31_data.ipynb #eaca9818
+# %% ../nbs/31_data.ipynb #14f5ffa3
 class Batch(NamedTuple):
     "What a detector trains on: the first two go into the model, the others into the loss."
     images:torch.Tensor # `b 3 h w`, normalised; padded at the right and the bottom
@@ -216,7 +216,7 @@ def collate(
         boxes[i, :len(o.labels)], labels[i, :len(o.labels)] = relative_boxes(o.boxes, sh, sw), torch.as_tensor(np.asarray(o.labels))
     return Batch(images, mask, boxes, labels)
 
-# %% ../nbs/31_data.ipynb #3193fe6d
+# %% ../nbs/31_data.ipynb #920fc346
 def check_scene(
     scene,       # A `Scene`
     i:int=0,     # Its number, for the message
@@ -236,7 +236,7 @@ def check_scene(
         ok = np.issubdtype(labels.dtype, np.integer) and 0 <= label and (vocab is None or label < len(vocab))
         check(ok, f'{name}: labels', f'{label}', 'a class number from 0' + ('' if vocab is None else f' to {len(vocab) - 1}'))
 
-# %% ../nbs/31_data.ipynb #54826915
+# %% ../nbs/31_data.ipynb #3d6b7391
 class DetectionDL(DataLoader):
     "fastai's `DataLoader` over a dataset of `Scene`s."
     def __init__(self,
@@ -272,7 +272,7 @@ def show_scenes(
         show_boxes(denormalise(image[:, :h, :w]), box[there], [vocab[i] if vocab else int(i) for i in label[there]], ax=ax)
     return axes
 
-# %% ../nbs/31_data.ipynb #ac9cfe39
+# %% ../nbs/31_data.ipynb #cb32676b
 class DetectionDataLoaders(DataLoaders):
     "Loaders of scenes to train and to validate on. A batch is two inputs, (images, mask), and two targets, (boxes, labels)."
     n_inp = 2
@@ -302,7 +302,7 @@ class DetectionDataLoaders(DataLoaders):
         return self.valid.new([Scene(np.asarray(o), *nothing) for o in images], **kwargs)
     def new_empty(self): return type(self)(*(dl.new([]) for dl in self.loaders), path=self.path)
 
-# %% ../nbs/31_data.ipynb #e7194ee0
+# %% ../nbs/31_data.ipynb #ee11d942
 def digit_dls(
     n:int=4000,        # Scenes in an epoch, fresh in each
     n_valid:int=500,   # Scenes to validate on, always the same
