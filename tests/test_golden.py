@@ -1,0 +1,281 @@
+"""Our models against golden files: numbers that the official code printed, for the same weights and inputs.
+
+Each file names the official system and its constructor's arguments; our system is built from these alone, gets the file's weights
+by their official names, and every output and gradient of the file is compared. The folder is `DEFORMLIT_GOLDEN`, by default
+`../shared/golden/A` beside the checkout; without it all is skipped.
+"""
+import json, math, os
+from functools import lru_cache
+from pathlib import Path
+
+import pytest, torch
+from safetensors import safe_open
+from torch import nn
+
+from deformlit.backbones import BasicBlock, Bottleneck, ResNet
+from deformlit.boxes import cxcywh_to_xyxy
+from deformlit.checkpoints import entries, load_weights, to_layout
+from deformlit.core import backend
+from deformlit.deformable_detr import *
+from deformlit.layers import FrozenBatchNorm2d
+from deformlit.multiscale import MSDeformAttn, ms_deform_attn
+from deformlit.set_loss import FocalLoss, Matcher, SetLoss, cardinality_error, class_error, set_losses
+
+folder = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).parents[1]/'../shared/golden/A'))
+if not folder.is_dir(): pytest.skip(f'no golden files: {folder} is not a folder (set DEFORMLIT_GOLDEN)', allow_module_level=True)
+
+# Kinds of systems that are not built yet. A kind that is neither here nor in `SYSTEMS` fails.
+PENDING = {
+    'DeformableDETR two_stage', 'DETR', 'DABDETR', 'DABDeformableDETR', 'criterion softmax', 'criterion DAB',
+    'DAT', 'DAttentionBaseline', 'LocalAttention', 'ShiftWindowAttention', 'PyramidAttention', 'NeighborhoodAttention2D',
+    'TransformerMLP', 'TransformerMLPWithConv',
+    'Dilateformer', 'DilateAttention', 'MultiDilatelocalAttention', 'DilateBlock', 'GlobalBlock',
+}
+
+# ---- the files
+
+class Fixture:
+    "One golden file: its metadata, and its tensors by the first parts of their names."
+    def __init__(self, path):
+        with safe_open(path, 'pt') as f:
+            self.meta, self.tensors = json.loads(f.metadata()['json']), {n: f.get_tensor(n) for n in f.keys()}
+        self.config, self.kind = self.meta['config'], kind(self.meta['system'], self.meta['config'])
+        self.cases = sorted({n.split('/')[1] for n in self.tensors if n.startswith('input/')})
+        self.noise = self.meta['f32_vs_f64']
+    def part(self, prefix): return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+    def state_dict(self):
+        state = self.part('state_dict/')
+        state |= {missing: state[stored] for missing, stored in (self.meta.get('tied') or {}).items()}
+        return {n: t.float() if t.dtype == torch.float16 else t for n, t in state.items()}
+    def check(self, name, got, mask=None):
+        "Compare with the file's tensor; `mask` is True where a value counts."
+        want = self.tensors[name]
+        assert got is not None, f'{name}: we have none'
+        assert got.shape == want.shape, f'{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}'
+        assert got.dtype == want.dtype, f'{name}: {got.dtype}, expected {want.dtype}'
+        if not want.is_floating_point(): assert torch.equal(got, want), f'{name} differs'; return
+        if self.meta['dtype'] == 'float64' and name not in self.noise: limit = 1e-12
+        else:
+            e, m = self.noise[name]
+            limit = 1e-12 if self.kind == 'ms_deform_attn_core_pytorch' else max(20 * e, 2e-5 * m, 1e-6)
+        assert got.isfinite().all(), f'{name}: not finite'
+        diff = (got.detach() - want).abs()
+        if mask is not None: diff = diff[mask.expand_as(diff)]
+        worst = diff.max().item() if diff.numel() else 0.
+        assert worst <= limit, f'{name}: differs by {worst:.3g}, allowed {limit:.3g}'
+
+def kind(system, config):
+    "The official system, with the variant where one class holds several of ours."
+    if system == 'DeformableDETR' and config['detr'].get('two_stage'): return 'DeformableDETR two_stage'
+    if system.endswith('SetCriterion+HungarianMatcher+PostProcess'):
+        return 'criterion DAB' if system.startswith('DAB') else 'criterion softmax' if 'eos_coef' in config else 'criterion focal'
+    return system
+
+@lru_cache(maxsize=1)
+def fixture(name): return Fixture(folder/name)
+
+def header(path):
+    with safe_open(path, 'pt') as f:
+        meta = json.loads(f.metadata()['json'])
+        return kind(meta['system'], meta['config']), sorted({n.split('/')[1] for n in f.keys() if n.startswith('input/')})
+
+FILES = {p.name: header(p) for p in sorted(folder.glob('*.safetensors'))}
+
+def only(given, **known):
+    "The values of a configuration's arguments; fails at an argument that we do not know, or that must have another value."
+    unknown = set(given) - set(known)
+    assert not unknown, f'arguments that this test does not know: {sorted(unknown)}'
+    for name, value in known.items():
+        if value is not any and given.get(name, value) != value: raise AssertionError(f'{name}={given[name]}: only {value} is known')
+    return given
+
+# ---- the systems. Each takes a configuration, and then inputs; it gives outputs under the official names
+
+class System:
+    model = None
+    def __init__(self, config): self.config = config
+    def masks(self, outputs): return {}       # which values of an output count, where not all do
+
+class Op(System):
+    def __call__(self, value, spatial_shapes, sampling_locations, attention_weights):
+        args = value, [tuple(o) for o in spatial_shapes.tolist()], sampling_locations, attention_weights
+        out = ms_deform_attn(*args)
+        with backend('loop'): truth = ms_deform_attn(*(o.detach() if isinstance(o, torch.Tensor) else o for o in args))
+        torch.testing.assert_close(out.detach(), truth, rtol=0, atol=1e-12)
+        return dict(out=out)
+
+class Module(System):
+    def __init__(self, config):
+        c = only(config, d_model=any, n_levels=any, n_heads=any, n_points=any)
+        self.model = MSDeformAttn(c['d_model'], c['n_heads'], c['n_levels'], c['n_points'])
+    def __call__(self, query, reference_points, input_flatten, spatial_shapes, padding_mask=None):
+        return dict(out=self.model(query, reference_points, input_flatten, [tuple(o) for o in spatial_shapes.tolist()], padding_mask))
+
+class Stub(nn.Module):
+    "Stands for a backbone: gives the maps it was handed."
+    def __init__(self, channels):
+        super().__init__()
+        self.channels, self.maps = list(channels), None
+    def forward(self, images): return self.maps
+
+def build_backbone(c, out_indices):
+    if c['kind'] == 'stub':
+        only(c, kind='stub', channels=any, strides=any)
+        return Stub(c['channels'])
+    only(c, kind='resnet', block=any, layers=any, stem=any, planes=any, dilation=any)
+    block = {'bottleneck': Bottleneck, 'basic': BasicBlock}[c.get('block', 'bottleneck')]
+    return ResNet(block, c['layers'], c['planes'], c['stem'], norm=FrozenBatchNorm2d, out_indices=out_indices, dilated=c.get('dilation', False))
+
+def build_position(c, dim):
+    "The position part of the Deformable family; None: the neck's own."
+    name = c.get('kind') if isinstance(c, dict) else c
+    if name in ('sine', 'v2'): return None
+    if name in ('learned', 'v3'): return LearnedPosition(dim)
+    raise AssertionError(f'unknown position_embedding {c}')
+
+ACTS = dict(relu=nn.ReLU, gelu=nn.GELU)
+
+class Deformable(System):
+    def __init__(self, config):
+        only(config, transformer=any, detr=any, backbone=any, position_embedding=any)
+        t = only(config['transformer'], d_model=any, nhead=any, num_encoder_layers=any, num_decoder_layers=any, dim_feedforward=any, dropout=any, activation=any,
+                 return_intermediate_dec=True, num_feature_levels=any, dec_n_points=any, enc_n_points=any, two_stage=False, two_stage_num_proposals=any)
+        d = only(config['detr'], num_classes=any, num_queries=any, num_feature_levels=t['num_feature_levels'], aux_loss=any, with_box_refine=any, two_stage=False)
+        dim, levels = t['d_model'], t['num_feature_levels']
+        backbone = build_backbone(config['backbone'], (1, 2, 3) if levels > 1 else (3,))
+        layer = dict(dim=dim, num_heads=t['nhead'], num_levels=levels, dim_ffn=t['dim_feedforward'], drop=t['dropout'], act=ACTS[t['activation']])
+        heads = RefiningHeads if d['with_box_refine'] else SharedHead
+        self.config, self.model = config, DeformableDETR(backbone,
+            Neck(backbone.channels, dim, levels, position=build_position(config.get('position_embedding', 'sine'), dim)),
+            Encoder(t['num_encoder_layers'], num_points=t['enc_n_points'], **layer), Queries(d['num_queries'], dim),
+            Decoder(t['num_decoder_layers'], num_points=t['dec_n_points'], **layer), heads(dim, d['num_classes'], t['num_decoder_layers']))
+    def __call__(self, mask, sizes, tensors=None, **features):
+        model, seen = self.model, {}
+        def keep(name, part):
+            return part.register_forward_hook(lambda m, args, out: seen.setdefault(name, []).append(out))
+        hooks = [keep(n, getattr(model, n)) for n in ('backbone', 'neck', 'encoder', 'queries', 'heads')] + [keep('position', model.neck.position)]
+        hooks += [keep('hs', layer) for layer in model.decoder.layers]
+        if features: model.backbone.maps = [features.pop(f'feature{i}') for i in range(len(features))]
+        if tensors is None: tensors = torch.zeros(len(mask), 3, *mask.shape[1:], dtype=model.neck.level_embed.dtype)
+        assert torch.equal(sizes, torch.stack([(~mask[:, :, 0]).sum(1), (~mask[:, 0]).sum(1)], 1))
+        preds = model(tensors, mask)
+        for h in hooks: h.remove()
+        return self.named(preds, mask, seen)
+    def named(self, preds, mask, seen):
+        "Everything we saw, under the official names."
+        p = self.pyramid = seen['neck'][0]
+        (content, position, reference), = seen['queries']
+        out = dict(memory=seen['encoder'][0], hs=torch.stack(seen['hs']), init_reference=reference, inter_references=torch.stack([o[2] for o in seen['heads']]))
+        for i, x in enumerate(seen['backbone'][0]): out |= {f'backbone.feature{i}': x, f'backbone.mask{i}': shrink_mask(mask, x.shape[-2:])}
+        out |= {f'pos{i}': x.expand(len(mask), -1, -1, -1) for i, x in enumerate(seen['position'])}
+        last = preds.logits.shape[1] - 1
+        for i in range(last + 1):
+            prefix = '' if i == last else f'aux_outputs.{i}.'
+            out |= {prefix + 'pred_logits': preds.logits[:, i], prefix + 'pred_boxes': preds.boxes[:, i]}
+        return out
+    def masks(self, outputs):
+        "Positions of padding are arbitrary in the official code: 1e-6 divides there."
+        p, counts = self.pyramid, {'memory': ~self.pyramid.mask[..., None]}
+        for i, (m, (h, w)) in enumerate(zip(p.mask.split([h * w for h, w in p.shapes], 1), p.shapes)): counts[f'pos{i}'] = ~m.unflatten(1, (h, w))[:, None]
+        return counts
+
+class Criterion(System):
+    "The official SetCriterion with its names, out of our loss, matcher and `detect`."
+    matcher_alpha = 0.25                       # the official matcher has its own alpha, whatever the loss has
+    def __init__(self, config):
+        c = self.config = only(config, num_queries=any, num_classes=any, num_logits=any, num_aux=any, enc=any, focal_alpha=any,
+                               set_cost_class=any, set_cost_bbox=any, set_cost_giou=any, cls_loss_coef=any, bbox_loss_coef=any, giou_loss_coef=any)
+        matcher = Matcher(FocalLoss(self.matcher_alpha), c['set_cost_class'], c['set_cost_bbox'], c['set_cost_giou'])
+        self.loss = SetLoss(matcher, FocalLoss(c['focal_alpha']), c['cls_loss_coef'], c['bbox_loss_coef'], c['giou_loss_coef'])
+    def __call__(self, target_sizes, **given):
+        b, take = len(target_sizes), lambda prefix: Predictions(given[prefix + 'pred_logits'][:, None], given[prefix + 'pred_boxes'][:, None])
+        objects = [(given[f'targets.{i}.boxes'], given[f'targets.{i}.labels']) for i in range(b)]
+        most = max(len(labels) for _, labels in objects)
+        boxes, labels = torch.zeros(b, most, 4, dtype=given['pred_boxes'].dtype), torch.full((b, most), -1)
+        for i, (box, label) in enumerate(objects): boxes[i, :len(box)], labels[i, :len(label)] = box, label
+        out, aux = {}, sum(n.startswith('aux_outputs.') and n.endswith('.pred_boxes') for n in given)
+        groups = [(f'aux_outputs.{i}', f'_{i}') for i in range(aux)] + [('main', '')]
+        layers = [take('' if name == 'main' else name + '.') for name, _ in groups]
+        out['total'] = self.group(Predictions(*(torch.cat(o, 1) for o in zip(*layers))), boxes, labels, groups, out)
+        out['losses.class_error'] = class_error(layers[-1].logits, labels, self.pairs(layers[-1], boxes, labels))[0]
+        if 'enc_outputs.pred_boxes' in given:  # the first stage knows one class only: object
+            out['total'] = out['total'] + self.group(take('enc_outputs.'), boxes, labels.clamp(max=0), [('enc_outputs', '_enc')], out)
+        found = detect(layers[-1], top=min(100, layers[-1].logits[0].numel()))
+        corners = cxcywh_to_xyxy(found.boxes) * target_sizes.flip(1).repeat(1, 2)[:, None]
+        for i in range(b): out |= {f'postprocess.{i}.scores': found.scores[i], f'postprocess.{i}.labels': found.labels[i], f'postprocess.{i}.boxes': corners[i]}
+        return out
+    def pairs(self, preds, boxes, labels): return self.loss.matcher(preds, boxes, labels)
+    def group(self, preds, boxes, labels, groups, out):
+        "Losses of some layers under their official names; returns the weighted sum."
+        total = self.loss(preds, boxes, labels)
+        num_boxes = max((labels >= 0).sum().item(), 1)
+        losses = set_losses(self.loss.classify, *preds, boxes, labels, self.loss.pairs, num_boxes)
+        losses = dict(loss_ce=losses['class'], loss_bbox=losses['box'], loss_giou=losses['giou'], cardinality_error=cardinality_error(preds.logits, labels))
+        for layer, (name, suffix) in enumerate(groups):
+            out |= {f'losses.{n}{suffix}': values[layer] for n, values in losses.items()}
+            for image in range(len(labels)):
+                queries, objects = self.loss.pairs.of(layer, image)
+                out |= {f'indices.{name}.{image}.src': queries, f'indices.{name}.{image}.tgt': objects}
+        return total
+
+SYSTEMS = {'ms_deform_attn_core_pytorch': Op, 'MSDeformAttn': Module, 'DeformableDETR': Deformable, 'criterion focal': Criterion}
+
+# ---- the comparison
+
+def official_grads(model):
+    "Gradients of the parameters, under the official names."
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    found = [(e, [grads[n] for n in e.ours]) for e in entries(model) if all(n in grads for n in e.ours)]
+    return {name: torch.cat(g, e.dim) if g[0].ndim else g[0] for e, g in found for name in e.theirs}
+
+def compare(f, case):
+    system, dtype = SYSTEMS[f.kind](f.config), getattr(torch, f.meta['dtype'])
+    if system.model is not None:
+        load_weights(system.model, f.state_dict(), 'official')
+        system.model.to(dtype).eval()
+    inputs, grads, gradw = f.part(f'input/{case}/'), f.part(f'grad/{case}/'), f.part(f'gradw/{case}/')
+    before = {n: t.clone() for n, t in inputs.items()}
+    leaves = {n: t.requires_grad_() if n in grads else t for n, t in ((n, t.clone()) for n, t in inputs.items())}
+    outputs = system(**leaves)
+    masks = system.masks(outputs)
+    wanted = f.part(f'output/{case}/')
+    assert wanted, f'no outputs in case {case}'
+    lost = [n for n in [*wanted, *gradw] if n not in outputs]
+    assert not lost, f'outputs that we do not give: {lost}'
+    for name in wanted: f.check(f'output/{case}/{name}', outputs[name], masks.get(name))
+    for name, t in before.items(): assert torch.equal(leaves[name], t), f'input {name} was changed'
+    if not gradw: return
+    sum((outputs[n] * w).sum() for n, w in gradw.items()).backward()
+    mine = {n: t.grad if t.grad is not None else torch.zeros_like(t) for n, t in leaves.items() if n in grads}
+    if system.model is not None: mine |= {f'state_dict/{n}': g for n, g in official_grads(system.model).items()}
+    for name in grads: f.check(f'grad/{case}/{name}', mine.get(name))
+
+RUN = [(name, case) for name, (kind_, cases) in FILES.items() if kind_ in SYSTEMS for case in cases]
+
+@pytest.mark.filterwarnings('ignore:.*go unmatched')
+@pytest.mark.parametrize('name,case', RUN, ids=lambda o: o.removesuffix('.safetensors'))
+def test_golden(name, case): compare(fixture(name), case)
+
+@pytest.mark.parametrize('name', [n for n, (k, _) in FILES.items() if k not in SYSTEMS])
+def test_no_unknown_system(name):
+    kind_, cases = FILES[name]
+    assert kind_ in PENDING, f"{name}: the system '{kind_}' is neither built here nor named as pending"
+    pytest.skip(f'pending: {kind_}')
+
+def test_all_files_are_counted(tell):
+    assert FILES, f'{folder} holds no golden files'
+    assert not PENDING & set(SYSTEMS), 'built, but still named as pending'
+    ran = {name for name, _ in RUN}
+    tell(f'golden: {len(RUN)} cases of {len(ran)} files; {len(FILES) - len(ran)} of {len(FILES)} files are pending')
+
+# ---- the key tables
+
+@pytest.mark.parametrize('name', [n for n, (k, _) in FILES.items() if k in SYSTEMS and k != 'ms_deform_attn_core_pytorch' and 'criterion' not in k])
+def test_official_weights_round_trip(name):
+    f = fixture(name)
+    state, model = f.state_dict(), SYSTEMS[f.kind](f.config).model
+    report = load_weights(model, state)
+    assert report.layout == 'official' and not report.wrong and len(report.loaded) == len(model.state_dict())
+    back = to_layout(model, 'official')
+    assert back.keys() == state.keys()
+    for n, t in back.items(): assert t.dtype == state[n].dtype and torch.equal(t, state[n]), n
