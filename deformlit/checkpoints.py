@@ -7,7 +7,7 @@ __all__ = ['deformable_detr_official', 'msda_official', 'TABLES', 'LEFTOVERS', '
            'to_layout', 'read_entry', 'Report', 'from_layout', 'guess_layout', 'read_weights', 'read_pickle',
            'read_safetensors', 'WeightsError', 'load_weights', 'save_weights']
 
-# %% ../nbs/26_checkpoints.ipynb #e12e6a98
+# %% ../nbs/26_checkpoints.ipynb #5417af82
 import argparse, pickle, re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,7 +18,7 @@ from .core import *
 from .multiscale import *
 from .deformable_detr import *
 
-# %% ../nbs/26_checkpoints.ipynb #c42fe278
+# %% ../nbs/26_checkpoints.ipynb #d6121740
 deformable_detr_official = '''
 backbone.{*}                                  backbone.0.body.{*}
 neck.convs.{l}.{j}.{p}                        input_proj.{l}.{j}.{p}
@@ -59,7 +59,7 @@ heads.heads.{i}.box.2.{p}                     bbox_embed.{i}.layers.1.{p} = tran
 heads.heads.{i}.box.4.{p}                     bbox_embed.{i}.layers.2.{p} = transformer.decoder.bbox_embed.{i}.layers.2.{p}
 '''
 
-# %% ../nbs/26_checkpoints.ipynb #fcd5aaf3
+# %% ../nbs/26_checkpoints.ipynb #07ad7956
 msda_official = '''
 offsets.{p}     sampling_offsets.{p}
 weights.{p}     attention_weights.{p}
@@ -69,7 +69,7 @@ out_proj.{p}    output_proj.{p}
 TABLES = dict(official={MSDeformAttn: msda_official, DeformableDETR: deformable_detr_official})
 LEFTOVERS = dict(official=('*total_ops', '*total_params', '*num_batches_tracked'))   # counters, not weights: may stand in a file
 
-# %% ../nbs/26_checkpoints.ipynb #55cbd585
+# %% ../nbs/26_checkpoints.ipynb #7be78345
 def parse_line(line:str) -> tuple: # Pattern of our names; templates of their names; dimension of the stack
     "Read one line of a table."
     ours, theirs = line.split(maxsplit=1)
@@ -78,7 +78,7 @@ def parse_line(line:str) -> tuple: # Pattern of our names; templates of their na
     pattern = re.sub(r'\{(.+?)\}', group, ours.replace('.', r'\.'))
     return re.compile(pattern), [o.strip().replace('{*}', '{rest}') for o in theirs.split('=')], int(dim or 0)
 
-# %% ../nbs/26_checkpoints.ipynb #7115ab74
+# %% ../nbs/26_checkpoints.ipynb #daf5f636
 class Entry(NamedTuple):
     "Tensors of ours, stacked along `dim`, are one tensor of theirs, which may stand under several names."
     ours:list   # Our names, in the order in which they are stacked
@@ -109,7 +109,7 @@ def table_of(model, layout):
     check(found, 'layout', f"'{layout}' for {type(model).__name__}", f"'ours', or a layout with a table for this class (layouts: {', '.join(TABLES)})")
     return found[0]
 
-# %% ../nbs/26_checkpoints.ipynb #e80d60b9
+# %% ../nbs/26_checkpoints.ipynb #d714220d
 def to_layout(
     model:nn.Module,
     layout:str='official', # 'ours', or a layout with a table for this model
@@ -121,7 +121,7 @@ def to_layout(
         out.update(dict.fromkeys(e.theirs, tensor))
     return out
 
-# %% ../nbs/26_checkpoints.ipynb #b4820ef5
+# %% ../nbs/26_checkpoints.ipynb #223d5a1b
 def read_entry(
     e:Entry,
     state:dict, # Our tensors, for their shapes
@@ -138,10 +138,10 @@ def read_entry(
     odd = {n: f'not the copy it should be: {n} differs from {e.theirs[0]}' for n in e.theirs if not torch.equal(found[n], tensor)}
     return dict(zip(e.ours, tensor.split(sizes, e.dim) if len(e.ours) > 1 else [tensor])), odd
 
-# %% ../nbs/26_checkpoints.ipynb #4339a92f
+# %% ../nbs/26_checkpoints.ipynb #706e8463
 class Report(NamedTuple):
     "What became of the names of a state dict."
-    layout:str # Layout that was read
+    layout:str  # Layout that was read
     loaded:list # Our names that got a tensor
     wrong:dict  # {name: what is wrong with it}; our name where we have one, else theirs
 
@@ -159,7 +159,7 @@ def from_layout(
     wrong.update({n: f'unexpected: {n}' for n in rest if not any(fnmatch(n, o) for o in ignored)})
     return out, Report(layout, list(out), wrong)
 
-# %% ../nbs/26_checkpoints.ipynb #993aa9ab
+# %% ../nbs/26_checkpoints.ipynb #8f444842
 def guess_layout(model:nn.Module, weights:dict) -> str:
     "The layout with the most names of `weights`. Raises `ArgumentError` where no layout has any."
     layouts = ['ours'] + [o for o, tables in TABLES.items() if any(isinstance(model, cls) for cls in tables)]
@@ -168,7 +168,7 @@ def guess_layout(model:nn.Module, weights:dict) -> str:
     check(met[best], 'weights', f'names such as {sorted(weights)[:3]}', f"names of one of the layouts {', '.join(layouts)} for {type(model).__name__}")
     return best
 
-# %% ../nbs/26_checkpoints.ipynb #8c4925aa
+# %% ../nbs/26_checkpoints.ipynb #a02c8d52
 def read_weights(
     path, # `.safetensors`, or `.pth`, `.pt`, `.bin`: a state dict, or one under the key 'model'
 ) -> dict:
@@ -194,7 +194,7 @@ def read_safetensors(path):
     with safe_open(path, 'pt') as f: tensors, note = {n: f.get_tensor(n) for n in f.keys()}, f.metadata() or {}
     return tensors | {n: tensors[kept] for n, kept in note.items() if kept in tensors and n not in tensors}
 
-# %% ../nbs/26_checkpoints.ipynb #ff9dea58
+# %% ../nbs/26_checkpoints.ipynb #b7fd0444
 class WeightsError(ValueError):
     "Weights do not fit a model; lists every name that is missing, unexpected, of another shape, or not the copy it should be."
 

@@ -8,7 +8,7 @@ __all__ = ['Pyramid', 'Predictions', 'shrink_mask', 'on_levels', 'encoder_refere
            'start_small', 'step', 'SharedHead', 'RefiningHeads', 'Decoder', 'DeformableDETR', 'check_images',
            'deformable_detr', 'Detections', 'detect']
 
-# %% ../nbs/24_deformable_detr.ipynb #221f38ee
+# %% ../nbs/24_deformable_detr.ipynb #af22aeef
 import copy, math
 from typing import NamedTuple
 import torch, torch.nn.functional as F
@@ -20,7 +20,7 @@ from .layers import *
 from .attend import *
 from .multiscale import *
 
-# %% ../nbs/24_deformable_detr.ipynb #7fea2bc7
+# %% ../nbs/24_deformable_detr.ipynb #d2666f75
 class Pyramid(NamedTuple):
     "The maps of all levels as one list of tokens, with what is known about each token."
     tokens:Tensor   # `b s c`
@@ -34,7 +34,7 @@ class Predictions(NamedTuple):
     logits:Tensor # `b l q c`, before the sigmoid; here l counts decoder layers
     boxes:Tensor  # `b l q 4`, (cx, cy, w, h) in [0,1]
 
-# %% ../nbs/24_deformable_detr.ipynb #7a1f8512
+# %% ../nbs/24_deformable_detr.ipynb #9dbe9825
 def shrink_mask(
     mask:Tensor, # `b h w`, True = padding
     size,        # (h, w) of the small map
@@ -42,7 +42,7 @@ def shrink_mask(
     "Nearest resize of a padding mask: row i of h takes row `floor(i * H / h)` of H; columns alike."
     return F.interpolate(mask[:, None].float(), size=tuple(size))[:, 0].bool()
 
-# %% ../nbs/24_deformable_detr.ipynb #06da5770
+# %% ../nbs/24_deformable_detr.ipynb #69ba4bbb
 def on_levels(
     reference:Tensor, # `b q 2` or `b q 4`, in [0,1] of the image
     ratios:Tensor,    # `b l 2`, the valid part of each level
@@ -50,7 +50,7 @@ def on_levels(
     "From a place in the image to the same place on every level's padded map."
     return reference[:, :, None] * (ratios if reference.shape[-1] == 2 else ratios.repeat(1, 1, 2))[:, None]
 
-# %% ../nbs/24_deformable_detr.ipynb #99d6e56c
+# %% ../nbs/24_deformable_detr.ipynb #e48f4f81
 def encoder_reference_loop(
     shapes, # (h, w) of each level
     ratios, # `b l 2`, the valid part of each level
@@ -67,13 +67,13 @@ def encoder_reference_loop(
         out.append(rows)
     return out
 
-# %% ../nbs/24_deformable_detr.ipynb #a5dc7d5d
+# %% ../nbs/24_deformable_detr.ipynb #8ed3cce5
 def encoder_reference(p:Pyramid) -> Tensor: # `b s l 2`
     "Each pixel's own place in the image, then on every level's padded map."
     own = [pixel_centres(h, w, p.ratios.device).flatten(0, 1) / r[:, None] for (h, w), r in zip(p.shapes, p.ratios.unbind(1))]
     return on_levels(torch.cat(own, 1), p.ratios)
 
-# %% ../nbs/24_deformable_detr.ipynb #14c203a5
+# %% ../nbs/24_deformable_detr.ipynb #b1b7379f
 class Neck(nn.Module):
     "Backbone maps to `num_levels` maps of one width: a 1x1 convolution and GroupNorm for each map, 3x3 convolutions of stride 2 for further levels."
     def __init__(self,
@@ -110,7 +110,7 @@ def all_levels(neck, maps):
     for i, conv in enumerate(neck.convs[m:]): xs.append(conv(xs[-1] if i else maps[-1]))
     return xs
 
-# %% ../nbs/24_deformable_detr.ipynb #970df35a
+# %% ../nbs/24_deformable_detr.ipynb #915fa457
 class LearnedPosition(nn.Module):
     "A learned vector for each column and one for each row of a map: x features, then y features. DETR's other position encoding."
     def __init__(self,
@@ -127,7 +127,7 @@ class LearnedPosition(nn.Module):
         col, row = self.col.weight[:w].expand(h, w, -1), self.row.weight[:h, None].expand(h, w, -1)
         return torch.cat([col, row], -1).permute(2, 0, 1).expand(b, -1, -1, -1)
 
-# %% ../nbs/24_deformable_detr.ipynb #ada6b17e
+# %% ../nbs/24_deformable_detr.ipynb #48e120da
 def xavier_ffn(dim, dim_ffn, drop, act):
     "A `FeedForward` whose matrices start Xavier-uniform."
     ffn = FeedForward(dim, dim_ffn, drop, act)
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
         for layer in self.layers: x = layer(x, p, reference)
         return x
 
-# %% ../nbs/24_deformable_detr.ipynb #3030383f
+# %% ../nbs/24_deformable_detr.ipynb #523440ff
 class DecoderLayer(nn.Module):
     "Queries talk to each other, then read the maps around their references, then think."
     def __init__(self, dim=256, num_heads=8, num_levels=4, num_points=4, dim_ffn=1024, drop=0.1, act=nn.ReLU):
@@ -168,7 +168,7 @@ class DecoderLayer(nn.Module):
         x = self.norm2(x + self.drop2(self.cross_attn(x + position, reference, memory, p.shapes, p.mask)))
         return self.ffn(x)
 
-# %% ../nbs/24_deformable_detr.ipynb #2835386a
+# %% ../nbs/24_deformable_detr.ipynb #5522bb32
 class Queries(nn.Module):
     "Learned queries: content, position, and a reference point read off the position."
     def __init__(self, num_queries:int=300, dim:int=256):
@@ -181,7 +181,7 @@ class Queries(nn.Module):
         content, position = (e.weight.expand(len(memory), -1, -1) for e in (self.content, self.position))
         return content, position, self.reference(position).sigmoid()
 
-# %% ../nbs/24_deformable_detr.ipynb #76a3a97c
+# %% ../nbs/24_deformable_detr.ipynb #1c5a23fe
 class Head(nn.Module):
     "From a query's state to class logits and a box, the box said as a step from the reference."
     def __init__(self,
@@ -210,7 +210,7 @@ def step(
     if reference.shape[-1] == 2: at = F.pad(at, (0, 2))
     return (at + delta).sigmoid()
 
-# %% ../nbs/24_deformable_detr.ipynb #79b9a8f9
+# %% ../nbs/24_deformable_detr.ipynb #e7300986
 class SharedHead(nn.Module):
     "Plain Deformable DETR: one head for all layers, and the reference stays where the query put it."
     def __init__(self, dim, num_classes, num_layers):
@@ -220,7 +220,7 @@ class SharedHead(nn.Module):
         logits, delta = self.head(x)
         return logits, step(reference, delta), reference
 
-# %% ../nbs/24_deformable_detr.ipynb #761dc1d6
+# %% ../nbs/24_deformable_detr.ipynb #e7c4e56e
 class RefiningHeads(nn.Module):
     "Iterative box refinement, Deformable DETR 4.2 and A.4: a head per layer, and each layer's box is the next one's reference, its gradient cut."
     def __init__(self, dim, num_classes, num_layers):
@@ -233,7 +233,7 @@ class RefiningHeads(nn.Module):
         box = step(reference, delta)
         return logits, box, box.detach()
 
-# %% ../nbs/24_deformable_detr.ipynb #9d97915f
+# %% ../nbs/24_deformable_detr.ipynb #b9df1ecb
 class Decoder(nn.Module):
     "Layers in which the queries read the image; after each the heads say classes, boxes, and the next reference."
     def __init__(self, num_layers:int, **layer):
@@ -248,7 +248,7 @@ class Decoder(nn.Module):
             logits.append(l); boxes.append(box)
         return Predictions(torch.stack(logits, 1), torch.stack(boxes, 1))
 
-# %% ../nbs/24_deformable_detr.ipynb #2b065cfd
+# %% ../nbs/24_deformable_detr.ipynb #6bbf88a5
 class DeformableDETR(nn.Module):
     "Deformable DETR (Zhu et al. 2021): backbone, neck, encoder, queries, decoder and heads, each a part that can be exchanged."
     def __init__(self, backbone, neck, encoder, queries, decoder, heads):
@@ -275,7 +275,7 @@ def check_images(images, mask=None):
     check_same_device(images=images, mask=mask)
     return mask
 
-# %% ../nbs/24_deformable_detr.ipynb #9968a059
+# %% ../nbs/24_deformable_detr.ipynb #25196fca
 def deformable_detr(
     num_classes:int,           # Classes, without one for nothing
     backbone,                  # Any module that gives maps, fine to coarse, and knows their `channels`
@@ -296,7 +296,7 @@ def deformable_detr(
     return DeformableDETR(backbone, Neck(backbone.channels, dim, num_levels, groups), Encoder(num_encoder_layers, **layer), Queries(num_queries, dim),
                           Decoder(num_decoder_layers, **layer), heads(dim, num_classes, num_decoder_layers))
 
-# %% ../nbs/24_deformable_detr.ipynb #7c4249ac
+# %% ../nbs/24_deformable_detr.ipynb #a1f5d6fb
 class Detections(NamedTuple):
     "The best (query, class) pairs of each image, best first."
     scores:Tensor  # `b k`, in [0,1]
