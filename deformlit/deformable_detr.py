@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Pyramid', 'Predictions', 'shrink_mask', 'on_levels', 'encoder_reference_loop', 'encoder_reference', 'Neck',
-           'all_levels', 'LearnedPosition', 'xavier_ffn', 'EncoderLayer', 'Encoder', 'DecoderLayer', 'Queries', 'Head',
-           'start_small', 'step', 'SharedHead', 'RefiningHeads', 'Decoder', 'DeformableDETR', 'check_images',
-           'deformable_detr', 'Detections', 'detect']
+           'LearnedPosition', 'EncoderLayer', 'Encoder', 'DecoderLayer', 'Queries', 'Head', 'start_small', 'step',
+           'SharedHead', 'RefiningHeads', 'Decoder', 'DeformableDETR', 'check_images', 'deformable_detr', 'Detections',
+           'detect']
 
-# %% ../nbs/24_deformable_detr.ipynb #af22aeef
+# %% ../nbs/24_deformable_detr.ipynb #f81636c9
 import copy, math
 from typing import NamedTuple
 import torch, torch.nn.functional as F
@@ -20,7 +20,7 @@ from .layers import *
 from .attend import *
 from .multiscale import *
 
-# %% ../nbs/24_deformable_detr.ipynb #d2666f75
+# %% ../nbs/24_deformable_detr.ipynb #73039f8b
 class Pyramid(NamedTuple):
     "The maps of all levels as one list of tokens, with what is known about each token."
     tokens:Tensor   # `b s c`
@@ -34,7 +34,7 @@ class Predictions(NamedTuple):
     logits:Tensor # `b l q c`, before the sigmoid; here l counts decoder layers
     boxes:Tensor  # `b l q 4`, (cx, cy, w, h) in [0,1]
 
-# %% ../nbs/24_deformable_detr.ipynb #9dbe9825
+# %% ../nbs/24_deformable_detr.ipynb #6d4fa1d8
 def shrink_mask(
     mask:Tensor, # `b h w`, True = padding
     size,        # (h, w) of the small map
@@ -42,7 +42,7 @@ def shrink_mask(
     "Nearest resize of a padding mask: row i of h takes row `floor(i * H / h)` of H; columns alike."
     return F.interpolate(mask[:, None].float(), size=tuple(size))[:, 0].bool()
 
-# %% ../nbs/24_deformable_detr.ipynb #69ba4bbb
+# %% ../nbs/24_deformable_detr.ipynb #1f9724cc
 def on_levels(
     reference:Tensor, # `b q 2` or `b q 4`, in [0,1] of the image
     ratios:Tensor,    # `b l 2`, the valid part of each level
@@ -50,7 +50,7 @@ def on_levels(
     "From a place in the image to the same place on every level's padded map."
     return reference[:, :, None] * (ratios if reference.shape[-1] == 2 else ratios.repeat(1, 1, 2))[:, None]
 
-# %% ../nbs/24_deformable_detr.ipynb #e48f4f81
+# %% ../nbs/24_deformable_detr.ipynb #ca2371e9
 def encoder_reference_loop(
     shapes, # (h, w) of each level
     ratios, # `b l 2`, the valid part of each level
@@ -67,13 +67,13 @@ def encoder_reference_loop(
         out.append(rows)
     return out
 
-# %% ../nbs/24_deformable_detr.ipynb #8ed3cce5
+# %% ../nbs/24_deformable_detr.ipynb #c222b4cd
 def encoder_reference(p:Pyramid) -> Tensor: # `b s l 2`
     "Each pixel's own place in the image, then on every level's padded map."
     own = [pixel_centres(h, w, p.ratios.device).flatten(0, 1) / r[:, None] for (h, w), r in zip(p.shapes, p.ratios.unbind(1))]
     return on_levels(torch.cat(own, 1), p.ratios)
 
-# %% ../nbs/24_deformable_detr.ipynb #b1b7379f
+# %% ../nbs/24_deformable_detr.ipynb #d3abc231
 class Neck(nn.Module):
     "Backbone maps to `num_levels` maps of one width: a 1x1 convolution and GroupNorm for each map, 3x3 convolutions of stride 2 for further levels."
     def __init__(self,
@@ -95,14 +95,14 @@ class Neck(nn.Module):
         self.position = position or SinePosition(dim, offset=-0.5)
         self.level_embed = nn.Parameter(torch.randn(num_levels, dim))
     def forward(self, maps, mask): # `b c h w` of each map, `b h w` of the image -> `Pyramid`
-        xs = all_levels(self, maps)
+        xs = _all_levels(self, maps)
         masks = [shrink_mask(mask, x.shape[-2:]) for x in xs]
         pos = [self.position(m).to(x.dtype) + e[:, None, None] for m, x, e in zip(masks, xs, self.level_embed)]
         flat = lambda ts: torch.cat([t.flatten(2) for t in ts], 2).transpose(1, 2)
         return Pyramid(flat(xs), flat(pos), torch.cat([m.flatten(1) for m in masks], 1),
                        [tuple(x.shape[-2:]) for x in xs], torch.stack([valid_ratios(m) for m in masks], 1))
 
-def all_levels(neck, maps):
+def _all_levels(neck, maps):
     "The map of each level, `b dim h w`."
     got = [x.shape[1] for x in maps]
     check(got == neck.channels, 'maps', f'maps of {got} channels', f'maps of {neck.channels} channels')
@@ -110,7 +110,7 @@ def all_levels(neck, maps):
     for i, conv in enumerate(neck.convs[m:]): xs.append(conv(xs[-1] if i else maps[-1]))
     return xs
 
-# %% ../nbs/24_deformable_detr.ipynb #915fa457
+# %% ../nbs/24_deformable_detr.ipynb #3152bd17
 class LearnedPosition(nn.Module):
     "A learned vector for each column and one for each row of a map: x features, then y features. DETR's other position encoding."
     def __init__(self,
@@ -127,8 +127,8 @@ class LearnedPosition(nn.Module):
         col, row = self.col.weight[:w].expand(h, w, -1), self.row.weight[:h, None].expand(h, w, -1)
         return torch.cat([col, row], -1).permute(2, 0, 1).expand(b, -1, -1, -1)
 
-# %% ../nbs/24_deformable_detr.ipynb #48e120da
-def xavier_ffn(dim, dim_ffn, drop, act):
+# %% ../nbs/24_deformable_detr.ipynb #ebec1a22
+def _xavier_ffn(dim, dim_ffn, drop, act):
     "A `FeedForward` whose matrices start Xavier-uniform."
     ffn = FeedForward(dim, dim_ffn, drop, act)
     for m in (ffn.linear1, ffn.linear2): nn.init.xavier_uniform_(m.weight)
@@ -136,17 +136,28 @@ def xavier_ffn(dim, dim_ffn, drop, act):
 
 class EncoderLayer(nn.Module):
     "Every pixel reads around itself on all levels, then thinks."
-    def __init__(self, dim=256, num_heads=8, num_levels=4, num_points=4, dim_ffn=1024, drop=0.1, act=nn.ReLU):
+    def __init__(self,
+        dim:int=256,      # Channels of the tokens
+        num_heads:int=8,  # Heads of the attention
+        num_levels:int=4, # Levels of the pyramid
+        num_points:int=4, # Points per head and level
+        dim_ffn:int=1024, # Hidden channels of the feed-forward network
+        drop:float=0.1,   # Dropout
+        act=nn.ReLU,      # Called without arguments, gives the activation
+    ):
         super().__init__()
         self.attn, self.drop, self.norm = MSDeformAttn(dim, num_heads, num_levels, num_points), nn.Dropout(drop), nn.LayerNorm(dim)
-        self.ffn = xavier_ffn(dim, dim_ffn, drop, act)
+        self.ffn = _xavier_ffn(dim, dim_ffn, drop, act)
     def forward(self, x, p, reference): # `b s c`, `Pyramid`, `b s l 2` -> `b s c`
         x = self.norm(x + self.drop(self.attn(x + p.position, reference, x, p.shapes, p.mask)))
         return self.ffn(x)
 
 class Encoder(nn.Module):
     "Layers in which the pixels of all levels read each other: Deformable DETR, section 4.1."
-    def __init__(self, num_layers:int, **layer):
+    def __init__(self,
+        num_layers:int, # 0: the tokens as the neck gives them
+        **layer,        # To each `EncoderLayer`
+    ):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(**layer) for _ in range(num_layers))
     def forward(self, p:Pyramid) -> Tensor: # `b s c`
@@ -154,24 +165,27 @@ class Encoder(nn.Module):
         for layer in self.layers: x = layer(x, p, reference)
         return x
 
-# %% ../nbs/24_deformable_detr.ipynb #523440ff
+# %% ../nbs/24_deformable_detr.ipynb #17cfc0ec
 class DecoderLayer(nn.Module):
     "Queries talk to each other, then read the maps around their references, then think."
-    def __init__(self, dim=256, num_heads=8, num_levels=4, num_points=4, dim_ffn=1024, drop=0.1, act=nn.ReLU):
+    def __init__(self, dim=256, num_heads=8, num_levels=4, num_points=4, dim_ffn=1024, drop=0.1, act=nn.ReLU): # as in `EncoderLayer`
         super().__init__()
         self.self_attn, self.norm1 = MultiheadAttention(dim, num_heads, attn_drop=drop), nn.LayerNorm(dim)
         self.cross_attn, self.norm2 = MSDeformAttn(dim, num_heads, num_levels, num_points), nn.LayerNorm(dim)
-        self.drop1, self.drop2, self.ffn = nn.Dropout(drop), nn.Dropout(drop), xavier_ffn(dim, dim_ffn, drop, act)
+        self.drop1, self.drop2, self.ffn = nn.Dropout(drop), nn.Dropout(drop), _xavier_ffn(dim, dim_ffn, drop, act)
     def forward(self, x, position, reference, memory, p): # `b q c`, `b q c`, `b q l 2|4`, `b s c`, `Pyramid` -> `b q c`
         qk = x + position
         x = self.norm1(x + self.drop1(self.self_attn(qk, qk, x)))
         x = self.norm2(x + self.drop2(self.cross_attn(x + position, reference, memory, p.shapes, p.mask)))
         return self.ffn(x)
 
-# %% ../nbs/24_deformable_detr.ipynb #5522bb32
+# %% ../nbs/24_deformable_detr.ipynb #ba1608db
 class Queries(nn.Module):
     "Learned queries: content, position, and a reference point read off the position."
-    def __init__(self, num_queries:int=300, dim:int=256):
+    def __init__(self,
+        num_queries:int=300, # The most objects that can be found
+        dim:int=256,         # Channels of content and of position
+    ):
         super().__init__()
         check(num_queries > 0, 'num_queries', num_queries, 'at least 1')
         self.content, self.position = nn.Embedding(num_queries, dim), nn.Embedding(num_queries, dim)
@@ -181,7 +195,7 @@ class Queries(nn.Module):
         content, position = (e.weight.expand(len(memory), -1, -1) for e in (self.content, self.position))
         return content, position, self.reference(position).sigmoid()
 
-# %% ../nbs/24_deformable_detr.ipynb #1c5a23fe
+# %% ../nbs/24_deformable_detr.ipynb #71cf62c3
 class Head(nn.Module):
     "From a query's state to class logits and a box, the box said as a step from the reference."
     def __init__(self,
@@ -210,20 +224,28 @@ def step(
     if reference.shape[-1] == 2: at = F.pad(at, (0, 2))
     return (at + delta).sigmoid()
 
-# %% ../nbs/24_deformable_detr.ipynb #e7300986
+# %% ../nbs/24_deformable_detr.ipynb #26d89be9
 class SharedHead(nn.Module):
     "Plain Deformable DETR: one head for all layers, and the reference stays where the query put it."
-    def __init__(self, dim, num_classes, num_layers):
+    def __init__(self,
+        dim:int,         # Channels of a query
+        num_classes:int, # One logit each
+        num_layers:int,  # Decoder layers; not used here
+    ):
         super().__init__()
         self.head = start_small(Head(dim, num_classes))
     def forward(self, i, x, reference): # layer, `b q c`, `b q 2|4` -> logits, boxes, the next reference
         logits, delta = self.head(x)
         return logits, step(reference, delta), reference
 
-# %% ../nbs/24_deformable_detr.ipynb #e7c4e56e
+# %% ../nbs/24_deformable_detr.ipynb #1e1209a5
 class RefiningHeads(nn.Module):
     "Iterative box refinement, Deformable DETR 4.2 and A.4: a head per layer, and each layer's box is the next one's reference, its gradient cut."
-    def __init__(self, dim, num_classes, num_layers):
+    def __init__(self,
+        dim:int,         # Channels of a query
+        num_classes:int, # One logit each
+        num_layers:int,  # Decoder layers, a head for each
+    ):
         super().__init__()
         head = Head(dim, num_classes)
         self.heads = nn.ModuleList(copy.deepcopy(head) for _ in range(num_layers))      # all start alike
@@ -233,14 +255,24 @@ class RefiningHeads(nn.Module):
         box = step(reference, delta)
         return logits, box, box.detach()
 
-# %% ../nbs/24_deformable_detr.ipynb #b9df1ecb
+# %% ../nbs/24_deformable_detr.ipynb #e6eb8e4d
 class Decoder(nn.Module):
     "Layers in which the queries read the image; after each the heads say classes, boxes, and the next reference."
-    def __init__(self, num_layers:int, **layer):
+    def __init__(self,
+        num_layers:int, # At least 1
+        **layer,        # To each `DecoderLayer`
+    ):
         super().__init__()
         check(num_layers > 0, 'num_layers', num_layers, 'at least 1')
         self.layers = nn.ModuleList(DecoderLayer(**layer) for _ in range(num_layers))
-    def forward(self, content, position, reference, memory, p, heads) -> Predictions:
+    def forward(self,
+        content:Tensor,   # `b q c`, what the layers rewrite
+        position:Tensor,  # `b q c`, added whenever a query asks
+        reference:Tensor, # `b q 2` or `b q 4`, in [0,1] of the image
+        memory:Tensor,    # `b s c`, from the encoder
+        p:Pyramid,
+        heads,            # Called with layer, state, reference; gives logits, boxes, the next reference
+    ) -> Predictions:
         x, logits, boxes = content, [], []
         for i, layer in enumerate(self.layers):
             x = layer(x, position, on_levels(reference, p.ratios), memory, p)
@@ -248,7 +280,7 @@ class Decoder(nn.Module):
             logits.append(l); boxes.append(box)
         return Predictions(torch.stack(logits, 1), torch.stack(boxes, 1))
 
-# %% ../nbs/24_deformable_detr.ipynb #6bbf88a5
+# %% ../nbs/24_deformable_detr.ipynb #d95505c7
 class DeformableDETR(nn.Module):
     "Deformable DETR (Zhu et al. 2021): backbone, neck, encoder, queries, decoder and heads, each a part that can be exchanged."
     def __init__(self, backbone, neck, encoder, queries, decoder, heads):
@@ -275,7 +307,7 @@ def check_images(images, mask=None):
     check_same_device(images=images, mask=mask)
     return mask
 
-# %% ../nbs/24_deformable_detr.ipynb #25196fca
+# %% ../nbs/24_deformable_detr.ipynb #d0dd3a2c
 def deformable_detr(
     num_classes:int,           # Classes, without one for nothing
     backbone,                  # Any module that gives maps, fine to coarse, and knows their `channels`
@@ -296,7 +328,7 @@ def deformable_detr(
     return DeformableDETR(backbone, Neck(backbone.channels, dim, num_levels, groups), Encoder(num_encoder_layers, **layer), Queries(num_queries, dim),
                           Decoder(num_decoder_layers, **layer), heads(dim, num_classes, num_decoder_layers))
 
-# %% ../nbs/24_deformable_detr.ipynb #a1f5d6fb
+# %% ../nbs/24_deformable_detr.ipynb #3cb58dbc
 class Detections(NamedTuple):
     "The best (query, class) pairs of each image, best first."
     scores:Tensor  # `b k`, in [0,1]
