@@ -16,8 +16,9 @@ _names = dict(
     core='ArgumentError backend backends',
     show='show_points',
     multiscale='MSDeformAttn ms_deform_attn',
-    deformable_detr='DeformableDETR',
-    data='DigitScenes',
+    deformable_detr='DeformableDETR RefiningHeads',
+    checkpoints='load_weights',
+    data='DigitScenes digit_dls',
     learner='detr_learner',
 )
 _home = {name: module for module, names in _names.items() for name in names.split()}
