@@ -476,6 +476,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'deformlit.train.plain': ('train.html#plain', 'deformlit/train.py'),
                                  'deformlit.train.prepare': ('train.html#prepare', 'deformlit/train.py'),
                                  'deformlit.train.rate': ('train.html#rate', 'deformlit/train.py'),
+                                 'deformlit.train.rate_loop': ('train.html#rate_loop', 'deformlit/train.py'),
                                  'deformlit.train.read_json': ('train.html#read_json', 'deformlit/train.py'),
                                  'deformlit.train.read_state': ('train.html#read_state', 'deformlit/train.py'),
                                  'deformlit.train.replacing': ('train.html#replacing', 'deformlit/train.py'),

@@ -72,9 +72,7 @@ class Terminal(io.StringIO):
 
 def test_tidy_on_a_terminal(whole, tmp_path):
     out = Terminal()
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(T, 'write_run', lambda folder: {})        # no pictures
-        train({**config(whole), 'epochs': 1}, tmp_path, out=out)
+    train({**config(whole), 'epochs': 1}, tmp_path, out=out, pictures=False)
     text = out.getvalue()
     assert 'epoch 1 of 1  ' in text and re.search(r'#+\.*  \d/2  loss [\d.]+  0:\d\d left', text)
     shown = [o.split('\r')[-1].rstrip() for o in text.split('\n')]      # what is left when lines have been written over
@@ -163,7 +161,7 @@ def test_stopped_while_drawing(part, tmp_path, monkeypatch, capsys):
         assert main_train(['--resume', '--out', str(folder)]) == 130
     assert files(folder) == {'model.safetensors', 'config.json', 'metrics.json', 'resume.pt'} and metrics(folder)['epochs'] == 3
     monkeypatch.setattr(T.DetectorLearner, 'fit', interrupt)
-    monkeypatch.setattr(T, 'draw_run', lambda *args: [Path(o).write_bytes(b'') for o in args[-3:]])
+    monkeypatch.setattr(T, 'draw_run', lambda *args: [Path(o).write_bytes(b'') for o in args[-1]])
     assert main_train(['--resume', '--out', str(folder)]) is None and files(folder) == FILES
 
 def test_finished_run_is_kept_until_the_next_is_done(whole, tmp_path, monkeypatch, capsys):
