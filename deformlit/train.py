@@ -11,7 +11,7 @@ __all__ = ['MODELS', 'DEFAULTS', 'HELP', 'LEAST', 'RUN', 'PICTURES', 'flag', 'ch
            'check_folder', 'train', 'Parser', 'rate', 'train_parser', 'prepare', 'greet', 'stopped', 'stamp',
            'main_train', 'find_digits', 'write_found', 'detect_parser', 'main_detect']
 
-# %% ../nbs/34_train.ipynb #ce642175
+# %% ../nbs/34_train.ipynb #b8e417da
 import argparse, contextlib, ctypes, io, json, math, os, random, shlex, shutil, signal, sys, tempfile, time, warnings
 from pathlib import Path
 import numpy as np, torch
@@ -30,7 +30,7 @@ from .backbones import create_backbone
 from .deformable_detr import *
 from .metrics import CocoAP, pairwise_iou
 
-# %% ../nbs/34_train.ipynb #97c79aab
+# %% ../nbs/34_train.ipynb #02adc4f6
 MODELS = dict(deformable_detr=SharedHead, deformable_detr_refine=RefiningHeads)   # the heads that make the difference
 
 DEFAULTS = dict(
@@ -40,7 +40,7 @@ DEFAULTS = dict(
     epochs=10, lr=5e-4, pct_start=0.1, div=25., moms=[0.9, 0.9, 0.9], sqr_mom=0.99, wd=1e-4, clip=0.1, opt='adamw', rates=dict(backbone=1., offsets=0.1),
     compile=False, backend='auto')
 
-# %% ../nbs/34_train.ipynb #89f1f90c
+# %% ../nbs/34_train.ipynb #cdd02c3a
 HELP = dict(
     model=f"{' or '.join(MODELS)}", dim='channels of queries and levels', heads='heads of every attention', points='points per head and level', queries='the most digits it can find',
     encoder_layers='layers in which pixels read pixels', decoder_layers='layers in which queries read pixels', ffn='hidden channels of the feed-forward networks', drop='dropout',
@@ -50,7 +50,7 @@ HELP = dict(
     moms='momentum at the start, at the highest rate, at the end', sqr_mom='momentum of the squares', wd='weight decay', clip='longest gradient', opt='optimizer, by name', rates='multiples of the rate: backbone neck decoder offsets heads',
     compile='run the model through torch.compile', backend=f"how the op runs: auto, {', '.join(WAYS)}")
 
-# %% ../nbs/34_train.ipynb #032010c2
+# %% ../nbs/34_train.ipynb #2a15fb0c
 LEAST = dict.fromkeys('dim heads points queries decoder_layers ffn depth maps levels valid_items bs items size epochs div'.split(), 1)
 LEAST |= dict.fromkeys('encoder_layers drop seed pct_start sqr_mom wd lr clip'.split(), 0)
 
@@ -82,13 +82,13 @@ def check_config(
     except ArgumentError as e: raise ArgumentError('--opt', e.got, e.expected) from None
     if c['compile'] and needs_compiler(): raise ArgumentError('--compile', needs_compiler(), 'a C++ compiler')
 
-# %% ../nbs/34_train.ipynb #7f3b4a7a
+# %% ../nbs/34_train.ipynb #9174deca
 def with_options(config:dict, given:dict) -> dict:
     "A configuration in which the options that were given replace others."
     c = {**config, **given, 'rates': {**config['rates'], **dict(given.get('rates', {}))}}
     return json.loads(json.dumps(c))                 # as it comes back from a file: lists, no tuples
 
-# %% ../nbs/34_train.ipynb #ed17790a
+# %% ../nbs/34_train.ipynb #fbfb3282
 def build_model(
     config:dict, # Fields as in `DEFAULTS`, and the `vocab`
 ) -> DeformableDETR:
@@ -107,7 +107,7 @@ def build_learner(config:dict, device=None) -> DetectorLearner:
     model, dls = build_model(c), digit_dls(c['items'], c['valid_items'], c['bs'], c['seed'], device=device, size=c['size'])
     return detr_learner(dls, model, lr=c['lr'], wd=c['wd'], opt_func=c['opt'], rates=c['rates'], clip=c['clip'], cbs=Repeatable(c['seed']))
 
-# %% ../nbs/34_train.ipynb #6ae4613d
+# %% ../nbs/34_train.ipynb #e82581fe
 def rate_loop(
     part:float,          # How much of the training is done, from 0 to 1
     lr:float,            # The highest rate
@@ -120,7 +120,7 @@ def rate_loop(
     else: first, last, x = lr, lr / div_final, (part - pct_start) / (1 - pct_start)
     return first + (last - first) * (1 - math.cos(math.pi * x)) / 2
 
-# %% ../nbs/34_train.ipynb #09e57ae1
+# %% ../nbs/34_train.ipynb #b774b84f
 def keep_memory() -> bool:
     "Ask glibc to keep memory that is freed for what comes next. True if it did; elsewhere nothing happens."
     TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -129,7 +129,7 @@ def keep_memory() -> bool:
     large = any(mallopt(MMAP_THRESHOLD, n) for n in (1 << 30, 32 << 20))   # some versions allow no more than 32 MB
     return bool(mallopt(TRIM_THRESHOLD, 2**31 - 1)) and large
 
-# %% ../nbs/34_train.ipynb #1b3114ad
+# %% ../nbs/34_train.ipynb #5f733acb
 class Repeatable(Callback):
     "Seeds every epoch by the run's seed and the epoch's number: epoch 7 draws the same numbers, whatever was drawn before."
     order = -20
@@ -139,7 +139,7 @@ class Repeatable(Callback):
         random.seed(s); np.random.seed(s); torch.manual_seed(s)
         self.dls.train.rng.seed(s)
 
-# %% ../nbs/34_train.ipynb #690cd4e2
+# %% ../nbs/34_train.ipynb #1d848120
 @contextlib.contextmanager
 def replacing(
     folder,     # Where the files will be
@@ -153,7 +153,7 @@ def replacing(
     finally:
         for part in parts: part.unlink(missing_ok=True)
 
-# %% ../nbs/34_train.ipynb #e63277a1
+# %% ../nbs/34_train.ipynb #e11de089
 def plain(o):
     "`o` made of Python's own types and tensors, which `torch.load(weights_only=True)` reads."
     if isinstance(o, Tensor): return o.detach().as_subclass(Tensor)
@@ -162,7 +162,7 @@ def plain(o):
     if isinstance(o, tuple): return tuple(map(plain, o))
     return [plain(v) for v in o] if isinstance(o, (list, L)) else o
 
-# %% ../nbs/34_train.ipynb #75d74b1e
+# %% ../nbs/34_train.ipynb #4dd5168d
 class Checkpoint(Callback):
     "After each epoch all that the next ones need goes to a file; going on from it leads to the same weights."
     order = 80
@@ -186,7 +186,7 @@ class Checkpoint(Callback):
                      scores=dict(scores.numbers(), per_class=scores.per_class.tolist()), ran=backends('ms_deform_attn').ran['ms_deform_attn'])
         with replacing(self.file.parent, self.file.name) as (part,): torch.save(plain(state), part)
 
-# %% ../nbs/34_train.ipynb #d48f9419
+# %% ../nbs/34_train.ipynb #56c33cc3
 def restore_recorder(learn, state):
     "Tables and curves as they were at the end of the last epoch."
     r = learn.recorder
@@ -194,7 +194,7 @@ def restore_recorder(learn, state):
     r.smooth_loss.val, r.smooth_loss.count = state['smooth']
     learn.loss_func.step = len(r.losses)
 
-# %% ../nbs/34_train.ipynb #9c92c193
+# %% ../nbs/34_train.ipynb #22e354c3
 class Console(Callback):
     "A row of numbers per epoch; on a terminal also a bar that moves."
     order = 81
@@ -234,7 +234,7 @@ def clock(seconds:float) -> str:
     "Minutes and seconds."
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
-# %% ../nbs/34_train.ipynb #adf7ecde
+# %% ../nbs/34_train.ipynb #7bc3ad4e
 def draw_losses(
     history:list,  # A dict per epoch
     losses,        # Smoothed loss of each step
@@ -260,7 +260,7 @@ def save_figure(fig, file, **kwargs):
     fig.savefig(file, **{'dpi': 120, **kwargs})
     plt.close(fig)
 
-# %% ../nbs/34_train.ipynb #08556ddb
+# %% ../nbs/34_train.ipynb #6f4ab465
 @torch.no_grad()
 def run_scenes(
     model,  # A detector
@@ -275,7 +275,7 @@ def run_scenes(
         right.append(((iou >= .5) & (labels.numpy()[:, None] == o.labels)).any(1))
     return found, right
 
-# %% ../nbs/34_train.ipynb #6d6be99e
+# %% ../nbs/34_train.ipynb #d827cf9a
 def draw_predictions(
     model, config,  # Of `load_run`
     n:int=12,       # Scenes
@@ -295,7 +295,7 @@ def draw_predictions(
     axes[0].figure.suptitle(f'white: true boxes   green: predicted, and right   red: predicted, and wrong   (scores from {threshold})', color=INK, fontsize=10)
     return axes[0].figure
 
-# %% ../nbs/34_train.ipynb #5aa100b4
+# %% ../nbs/34_train.ipynb #93d68228
 def choose_digits(found, right, n:int=4) -> list: # (scene, place in its list of detections)
     "Right detections from small to large, in different scenes, of different digits if there are; the best ones if none is right."
     all_ = [(i, k) for i in range(len(right)) for k in range(min(6, len(right[i])))]
@@ -321,7 +321,7 @@ def zoom(image, left, top, side, px:int=300): # uint8 array `px px 3`
     h, w = image.shape[:2]
     return np.asarray(Image.fromarray(image).resize((px, px), Image.BICUBIC, box=(left * w, top * h, (left + side) * w, (top + side) * h)))
 
-# %% ../nbs/34_train.ipynb #88ead8c8
+# %% ../nbs/34_train.ipynb #6a6b5a22
 def draw_points(
     model, config, # Of `load_run`
     n:int=4,       # Digits
@@ -342,7 +342,7 @@ def draw_points(
     explain_points(axes, look)
     return axes[0, 0].figure
 
-# %% ../nbs/34_train.ipynb #9b2bbdd4
+# %% ../nbs/34_train.ipynb #1f80c85a
 def draw_digit(row, image, box, title, look, shapes):
     "One row: the scene, and for each level what is read around the digit."
     reference, points, weights = look
@@ -371,7 +371,7 @@ def explain_points(axes, look):
     with style(): bar = fig.colorbar(cm.ScalarMappable(colors.Normalize(0, 1), 'autumn_r'), ax=axes[:, -1], shrink=.5, aspect=30, ticks=[0, 1])
     bar.set_label("weight, of the row's largest", color=INK); bar.ax.tick_params(color=INK, labelcolor=INK)
 
-# %% ../nbs/34_train.ipynb #a9160cfd
+# %% ../nbs/34_train.ipynb #d9690785
 RUN = ('model.safetensors', 'config.json', 'metrics.json')
 PICTURES = ('losses.png', 'predictions.png', 'points.png')
 
@@ -387,7 +387,7 @@ def metrics_of(state:dict) -> dict:
             'parameters': sum(v.numel() for k, v in state['model'].items() if not k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))),
             'backend': state['ran'], 'threads': torch.get_num_threads(), 'torch': torch.__version__, 'deformlit': __version__, 'history': history}
 
-# %% ../nbs/34_train.ipynb #c187d773
+# %% ../nbs/34_train.ipynb #8f022b5c
 def write_run(
     folder,             # Of the run; has a `resume.pt`
     pictures:bool=True, # Draw, too
@@ -410,7 +410,7 @@ def draw_run(model, config, history, losses, files):
     figures = draw_losses(history, losses), draw_predictions(model, config), draw_points(model, config)
     for fig, file in zip(figures, files): save_figure(fig, file)
 
-# %% ../nbs/34_train.ipynb #aab3a261
+# %% ../nbs/34_train.ipynb #3abbdd4a
 def load_run(
     folder, # Written by `deformlit-train`
 ):          # The detector in eval mode, and its configuration
@@ -423,7 +423,7 @@ def load_run(
     except Exception as e: raise ArgumentError('folder', f'{file}, which cannot be read ({type(e).__name__})', 'weights that fit its config.json') from e
     return model.eval(), config
 
-# %% ../nbs/34_train.ipynb #ad848052
+# %% ../nbs/34_train.ipynb #e39e8bde
 def read_state(folder) -> dict:
     "What the last finished epoch left in `resume.pt`. Raises `ArgumentError`."
     file = Path(folder)/'resume.pt'
@@ -441,7 +441,7 @@ def is_finished(folder) -> bool:
     try: return read_json(Path(folder)/'metrics.json')['epochs'] >= read_json(Path(folder)/'config.json')['epochs']
     except (ArgumentError, KeyError, TypeError): return False
 
-# %% ../nbs/34_train.ipynb #dadbff67
+# %% ../nbs/34_train.ipynb #7c403187
 def check_folder(folder, name:str='--out') -> Path:
     "Make a folder and try to write in it, before any work is done. Raises `ArgumentError`."
     folder = Path(folder)
@@ -452,7 +452,7 @@ def check_folder(folder, name:str='--out') -> Path:
     for o in (*RUN, *PICTURES, 'resume.pt'): check(not (folder/o).is_dir(), name, f"'{folder}', in which {o} is a folder", 'a place for files')
     return folder
 
-# %% ../nbs/34_train.ipynb #38b52b6c
+# %% ../nbs/34_train.ipynb #2faa2aea
 def train(
     config:dict, # Fields as in `DEFAULTS`, and the `vocab`
     folder,      # Where the run's files go
@@ -481,7 +481,7 @@ def train(
     file.unlink()
     return metrics
 
-# %% ../nbs/34_train.ipynb #f44320d4
+# %% ../nbs/34_train.ipynb #6884ffcf
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are one line, and that tells errors of ours in the same way."
     def error(self, message): self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
@@ -497,7 +497,7 @@ def rate(text:str) -> tuple:
     try: return name, float(value)
     except ValueError: raise argparse.ArgumentTypeError(f'expected group=multiple, such as backbone=0.1, got {text!r}')
 
-# %% ../nbs/34_train.ipynb #a8aad75f
+# %% ../nbs/34_train.ipynb #99f71199
 def train_parser() -> Parser:
     "The options of `deformlit-train`: one for each field of `DEFAULTS`, and those of the run."
     p = Parser(prog='deformlit-train', description='Train a detector of handwritten digits from scratch.', argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -511,7 +511,7 @@ def train_parser() -> Parser:
         p.add_argument(flag(k), help=f'{HELP[k]} ({said})', **how, **({'nargs': '+'} if several else {}))
     return p
 
-# %% ../nbs/34_train.ipynb #161bf702
+# %% ../nbs/34_train.ipynb #f69992d4
 def prepare(given:dict) -> tuple: # (folder, config, state)
     "Check everything that can be checked before the first step. Raises `ArgumentError`."
     given = dict(given)
@@ -534,7 +534,7 @@ def greet(folder, config, state):
     if is_finished(folder): print(f'{folder} holds a finished run: it is replaced when this one ends')
     elif (folder/'resume.pt').exists(): print(f'{folder} holds a run that was interrupted: it is replaced after the first epoch (--resume would go on with it)')
 
-# %% ../nbs/34_train.ipynb #901fd5b4
+# %% ../nbs/34_train.ipynb #ab1fc1dc
 def stopped(folder, began) -> int: # Exit status
     "After Ctrl-C: keep the last finished epoch as a run that can be used, and say how to go on."
     file, before = folder/'resume.pt', signal.signal(signal.SIGINT, signal.SIG_IGN)      # once is enough
@@ -555,7 +555,7 @@ def stamp(file):
     "When a file was written; None if it is not there."
     return file.stat().st_mtime_ns if file.exists() else None
 
-# %% ../nbs/34_train.ipynb #6ce51c82
+# %% ../nbs/34_train.ipynb #2c80911a
 def main_train(argv=None):
     "`deformlit-train`: trains a detector on `DigitScenes`; `--help` lists the options."
     parser = train_parser()
@@ -569,7 +569,7 @@ def main_train(argv=None):
         except KeyboardInterrupt: return stopped(folder, began)
     print(f"AP {m['AP'] or 0:.3f}  AP50 {m['AP50'] or 0:.3f}  in {clock(m['seconds'])}; see {folder}: {' '.join((*RUN, *PICTURES))}")
 
-# %% ../nbs/34_train.ipynb #e9810a30
+# %% ../nbs/34_train.ipynb #7541fead
 @torch.no_grad()
 def find_digits(
     model, config,       # Of `load_run`
@@ -588,7 +588,7 @@ def find_digits(
     boxes = (cxcywh_to_xyxy(boxes[keep]) * edge).clamp(min=0).minimum(edge)
     return Found(boxes, [config['vocab'][i] for i in labels[keep]], scores[keep])
 
-# %% ../nbs/34_train.ipynb #289957cc
+# %% ../nbs/34_train.ipynb #8a2cce26
 def write_found(image, found:Found, folder, name:str) -> dict:
     "The picture with boxes as `name.boxes.png`, and the boxes as `name.boxes.json`."
     import matplotlib.pyplot as plt
@@ -601,7 +601,7 @@ def write_found(image, found:Found, folder, name:str) -> dict:
         text.write_text(json.dumps(dict(width=w, height=h, found=rows), indent=1) + '\n', encoding='utf-8')
     return rows
 
-# %% ../nbs/34_train.ipynb #cc052fdc
+# %% ../nbs/34_train.ipynb #492f10b9
 def detect_parser() -> Parser:
     "The options of `deformlit-detect`."
     p = Parser(prog='deformlit-detect', description='Find digits in pictures: writes NAME.boxes.png and NAME.boxes.json.', allow_abbrev=False)
@@ -612,7 +612,7 @@ def detect_parser() -> Parser:
     p.add_argument('--out', metavar='FOLDER', help='where results go (beside each photo)')
     return p
 
-# %% ../nbs/34_train.ipynb #7f500ce4
+# %% ../nbs/34_train.ipynb #ca0ce7ce
 def main_detect(argv=None):
     "`deformlit-detect`: finds digits in pictures; `--help` lists the options."
     parser = detect_parser()
