@@ -34,10 +34,10 @@ from .metrics import CocoAP, pairwise_iou
 MODELS = dict(deformable_detr=SharedHead, deformable_detr_refine=RefiningHeads)   # the heads that make the difference
 
 DEFAULTS = dict(
-    model='deformable_detr_refine', dim=128, heads=4, points=4, queries=30, encoder_layers=1, decoder_layers=3, ffn=256, drop=0.,
-    widths=[32, 64, 128, 192], depth=1, maps=3, levels=3,
-    size=128, items=4000, valid_items=500, bs=16, seed=0,
-    epochs=10, lr=5e-4, pct_start=0.1, div=25., moms=[0.9, 0.9, 0.9], sqr_mom=0.99, wd=1e-4, clip=0.1, opt='adamw', rates=dict(backbone=1., offsets=0.1),
+    model='deformable_detr_refine', dim=128, heads=4, points=2, queries=30, encoder_layers=1, decoder_layers=3, ffn=256, drop=0.,
+    widths=[32, 128, 160, 192], depth=1, maps=3, levels=3,
+    size=128, items=4000, valid_items=500, bs=8, seed=0,
+    epochs=10, lr=1e-3, pct_start=0.1, div=25., moms=[0.9, 0.9, 0.9], sqr_mom=0.99, wd=1e-4, clip=0.1, opt='adamw', rates=dict(backbone=1., offsets=0.1),
     compile=False, backend='auto')
 
 # %% ../nbs/34_train.ipynb #cdd02c3a
@@ -95,7 +95,7 @@ def build_model(
     "The detector that a `config.json` describes, with new weights."
     c = config
     check_config(c)
-    backbone = create_backbone('convnet', widths=tuple(c['widths']), depth=c['depth'], num_maps=c['maps'])
+    backbone = create_backbone('convnet', widths=tuple(c['widths']), depth=c['depth'], num_maps=c['maps']).to(memory_format=torch.channels_last)   # what a CPU's convolutions like
     return deformable_detr(
         len(c['vocab']), backbone, MODELS[c['model']], dim=c['dim'], num_heads=c['heads'], num_levels=c['levels'], num_points=c['points'], num_queries=c['queries'],
         num_encoder_layers=c['encoder_layers'], num_decoder_layers=c['decoder_layers'], dim_ffn=c['ffn'], drop=c['drop'], groups=math.gcd(32, c['dim']))
