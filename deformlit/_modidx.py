@@ -550,6 +550,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'deformlit.train.Repeatable': ('train.html#repeatable', 'deformlit/train.py'),
                                  'deformlit.train.Repeatable.__init__': ('train.html#repeatable.__init__', 'deformlit/train.py'),
                                  'deformlit.train.Repeatable.before_train': ('train.html#repeatable.before_train', 'deformlit/train.py'),
+                                 'deformlit.train.best_class': ('train.html#best_class', 'deformlit/train.py'),
                                  'deformlit.train.build_learner': ('train.html#build_learner', 'deformlit/train.py'),
                                  'deformlit.train.build_model': ('train.html#build_model', 'deformlit/train.py'),
                                  'deformlit.train.check_config': ('train.html#check_config', 'deformlit/train.py'),

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MODELS', 'DEFAULTS', 'HELP', 'LEAST', 'RUN', 'PICTURES', 'flag', 'check_config', 'with_options', 'build_model',
            'build_learner', 'rate_loop', 'keep_memory', 'Repeatable', 'replacing', 'plain', 'Checkpoint',
-           'restore_recorder', 'Console', 'clock', 'draw_losses', 'column', 'save_figure', 'run_scenes',
+           'restore_recorder', 'Console', 'clock', 'draw_losses', 'column', 'save_figure', 'best_class', 'run_scenes',
            'draw_predictions', 'choose_digits', 'zoom_window', 'zoom', 'draw_points', 'draw_digit', 'explain_points',
            'number', 'metrics_of', 'write_run', 'draw_run', 'load_run', 'read_state', 'read_json', 'is_finished',
            'check_folder', 'train', 'Parser', 'rate', 'train_parser', 'prepare', 'greet', 'stopped', 'stamp',
            'main_train', 'find_digits', 'write_found', 'detect_parser', 'main_detect']
 
-# %% ../nbs/34_train.ipynb #b8e417da
+# %% ../nbs/34_train.ipynb #9306de6f
 import argparse, contextlib, ctypes, io, json, math, os, random, shlex, shutil, signal, sys, tempfile, time, warnings
 from pathlib import Path
 import numpy as np, torch
@@ -30,7 +30,7 @@ from .backbones import create_backbone
 from .deformable_detr import *
 from .metrics import CocoAP, pairwise_iou
 
-# %% ../nbs/34_train.ipynb #02adc4f6
+# %% ../nbs/34_train.ipynb #1b061685
 MODELS = dict(deformable_detr=SharedHead, deformable_detr_refine=RefiningHeads)   # the heads that make the difference
 
 DEFAULTS = dict(
@@ -40,7 +40,7 @@ DEFAULTS = dict(
     epochs=10, lr=1e-3, pct_start=0.1, div=25., moms=[0.9, 0.9, 0.9], sqr_mom=0.99, wd=1e-4, clip=0.1, opt='adamw', rates=dict(backbone=1., offsets=0.1),
     compile=False, backend='auto')
 
-# %% ../nbs/34_train.ipynb #cdd02c3a
+# %% ../nbs/34_train.ipynb #3241cd5f
 HELP = dict(
     model=f"{' or '.join(MODELS)}", dim='channels of queries and levels', heads='heads of every attention', points='points per head and level', queries='the most digits it can find',
     encoder_layers='layers in which pixels read pixels', decoder_layers='layers in which queries read pixels', ffn='hidden channels of the feed-forward networks', drop='dropout',
@@ -50,11 +50,13 @@ HELP = dict(
     moms='momentum at the start, at the highest rate, at the end', sqr_mom='momentum of the squares', wd='weight decay', clip='longest gradient', opt='optimizer, by name', rates='multiples of the rate: backbone neck decoder offsets heads',
     compile='run the model through torch.compile', backend=f"how the op runs: auto, {', '.join(WAYS)}")
 
-# %% ../nbs/34_train.ipynb #2a15fb0c
+# %% ../nbs/34_train.ipynb #f4f5ae57
 LEAST = dict.fromkeys('dim heads points queries decoder_layers ffn depth maps levels valid_items bs items size epochs div'.split(), 1)
 LEAST |= dict.fromkeys('encoder_layers drop seed pct_start sqr_mom wd lr clip'.split(), 0)
 
-def flag(name): return '--' + name.replace('_', '-')
+def flag(name:str) -> str:
+    "The option of a field."
+    return '--' + name.replace('_', '-')
 
 def check_config(
     c:dict, # The fields of `DEFAULTS`
@@ -82,20 +84,21 @@ def check_config(
     except ArgumentError as e: raise ArgumentError('--opt', e.got, e.expected) from None
     if c['compile'] and needs_compiler(): raise ArgumentError('--compile', needs_compiler(), 'a C++ compiler')
 
-# %% ../nbs/34_train.ipynb #9174deca
+# %% ../nbs/34_train.ipynb #6106582d
 def with_options(config:dict, given:dict) -> dict:
     "A configuration in which the options that were given replace others."
     c = {**config, **given, 'rates': {**config['rates'], **dict(given.get('rates', {}))}}
     return json.loads(json.dumps(c))                 # as it comes back from a file: lists, no tuples
 
-# %% ../nbs/34_train.ipynb #fbfb3282
+# %% ../nbs/34_train.ipynb #0185e551
 def build_model(
     config:dict, # Fields as in `DEFAULTS`, and the `vocab`
 ) -> DeformableDETR:
     "The detector that a `config.json` describes, with new weights."
     c = config
     check_config(c)
-    backbone = create_backbone('convnet', widths=tuple(c['widths']), depth=c['depth'], num_maps=c['maps']).to(memory_format=torch.channels_last)   # what a CPU's convolutions like
+    backbone = create_backbone('convnet', widths=tuple(c['widths']), depth=c['depth'], num_maps=c['maps'])
+    backbone = backbone.to(memory_format=torch.channels_last)      # what a CPU's convolutions like
     return deformable_detr(
         len(c['vocab']), backbone, MODELS[c['model']], dim=c['dim'], num_heads=c['heads'], num_levels=c['levels'], num_points=c['points'], num_queries=c['queries'],
         num_encoder_layers=c['encoder_layers'], num_decoder_layers=c['decoder_layers'], dim_ffn=c['ffn'], drop=c['drop'], groups=math.gcd(32, c['dim']))
@@ -107,7 +110,7 @@ def build_learner(config:dict, device=None) -> DetectorLearner:
     model, dls = build_model(c), digit_dls(c['items'], c['valid_items'], c['bs'], c['seed'], device=device, size=c['size'])
     return detr_learner(dls, model, lr=c['lr'], wd=c['wd'], opt_func=c['opt'], rates=c['rates'], clip=c['clip'], cbs=Repeatable(c['seed']))
 
-# %% ../nbs/34_train.ipynb #e82581fe
+# %% ../nbs/34_train.ipynb #2969cdab
 def rate_loop(
     part:float,          # How much of the training is done, from 0 to 1
     lr:float,            # The highest rate
@@ -120,7 +123,7 @@ def rate_loop(
     else: first, last, x = lr, lr / div_final, (part - pct_start) / (1 - pct_start)
     return first + (last - first) * (1 - math.cos(math.pi * x)) / 2
 
-# %% ../nbs/34_train.ipynb #b774b84f
+# %% ../nbs/34_train.ipynb #d2baa187
 def keep_memory() -> bool:
     "Ask glibc to keep memory that is freed for what comes next. True if it did; elsewhere nothing happens."
     TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -129,7 +132,7 @@ def keep_memory() -> bool:
     large = any(mallopt(MMAP_THRESHOLD, n) for n in (1 << 30, 32 << 20))   # some versions allow no more than 32 MB
     return bool(mallopt(TRIM_THRESHOLD, 2**31 - 1)) and large
 
-# %% ../nbs/34_train.ipynb #5f733acb
+# %% ../nbs/34_train.ipynb #3d6dde00
 class Repeatable(Callback):
     "Seeds every epoch by the run's seed and the epoch's number: epoch 7 draws the same numbers, whatever was drawn before."
     order = -20
@@ -139,7 +142,7 @@ class Repeatable(Callback):
         random.seed(s); np.random.seed(s); torch.manual_seed(s)
         self.dls.train.rng.seed(s)
 
-# %% ../nbs/34_train.ipynb #1d848120
+# %% ../nbs/34_train.ipynb #3e8c79a5
 @contextlib.contextmanager
 def replacing(
     folder,     # Where the files will be
@@ -153,7 +156,7 @@ def replacing(
     finally:
         for part in parts: part.unlink(missing_ok=True)
 
-# %% ../nbs/34_train.ipynb #e11de089
+# %% ../nbs/34_train.ipynb #db2ddf7c
 def plain(o):
     "`o` made of Python's own types and tensors, which `torch.load(weights_only=True)` reads."
     if isinstance(o, Tensor): return o.detach().as_subclass(Tensor)
@@ -162,7 +165,7 @@ def plain(o):
     if isinstance(o, tuple): return tuple(map(plain, o))
     return [plain(v) for v in o] if isinstance(o, (list, L)) else o
 
-# %% ../nbs/34_train.ipynb #4dd5168d
+# %% ../nbs/34_train.ipynb #8177ea8a
 class Checkpoint(Callback):
     "After each epoch all that the next ones need goes to a file; going on from it leads to the same weights."
     order = 80
@@ -186,7 +189,7 @@ class Checkpoint(Callback):
                      scores=dict(scores.numbers(), per_class=scores.per_class.tolist()), ran=backends('ms_deform_attn').ran['ms_deform_attn'])
         with replacing(self.file.parent, self.file.name) as (part,): torch.save(plain(state), part)
 
-# %% ../nbs/34_train.ipynb #56c33cc3
+# %% ../nbs/34_train.ipynb #4a3619a3
 def restore_recorder(learn, state):
     "Tables and curves as they were at the end of the last epoch."
     r = learn.recorder
@@ -194,7 +197,7 @@ def restore_recorder(learn, state):
     r.smooth_loss.val, r.smooth_loss.count = state['smooth']
     learn.loss_func.step = len(r.losses)
 
-# %% ../nbs/34_train.ipynb #22e354c3
+# %% ../nbs/34_train.ipynb #28dd85a7
 class Console(Callback):
     "A row of numbers per epoch; on a terminal also a bar that moves."
     order = 81
@@ -234,7 +237,7 @@ def clock(seconds:float) -> str:
     "Minutes and seconds."
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
-# %% ../nbs/34_train.ipynb #7bc3ad4e
+# %% ../nbs/34_train.ipynb #9c4f7710
 def draw_losses(
     history:list,  # A dict per epoch
     losses,        # Smoothed loss of each step
@@ -248,11 +251,14 @@ def draw_losses(
     for ax, title, lines in zip(axes, ('loss, all layers', 'its parts, last layer, validation', 'average precision, validation'), curves):
         for i, (name, x, y) in enumerate(lines): ax.plot(x, y, color=COLOURS[i], label=name, marker='o' if len(x) == n else '', ms=3)
         ax.set(title=title, xlabel='epoch', xlim=(0, max(1, n) * 1.02))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.title.set_color(INK); ax.legend(labelcolor=INK, frameon=False)
     axes[2].set_ylim(0, 1)
     return axes[0].figure
 
-def column(history, name): return [math.nan if o.get(name) is None else o[name] for o in history]
+def column(history:list, name:str) -> list:
+    "A column of the table, NaN where there is nothing."
+    return [math.nan if o.get(name) is None else o[name] for o in history]
 
 def save_figure(fig, file, **kwargs):
     "Write a figure and let it go."
@@ -260,7 +266,11 @@ def save_figure(fig, file, **kwargs):
     fig.savefig(file, **{'dpi': 120, **kwargs})
     plt.close(fig)
 
-# %% ../nbs/34_train.ipynb #6f4ab465
+# %% ../nbs/34_train.ipynb #be4240d1
+def best_class(queries:Tensor) -> Tensor: # `k` queries, best first -> `k`, True where a query is named for the first time
+    "To be shown, a box has one name: the best class of its query."
+    return ~(queries[:, None] == queries).tril(-1).any(1)
+
 @torch.no_grad()
 def run_scenes(
     model,  # A detector
@@ -275,7 +285,7 @@ def run_scenes(
         right.append(((iou >= .5) & (labels.numpy()[:, None] == o.labels)).any(1))
     return found, right
 
-# %% ../nbs/34_train.ipynb #d827cf9a
+# %% ../nbs/34_train.ipynb #c1564720
 def draw_predictions(
     model, config,  # Of `load_run`
     n:int=12,       # Scenes
@@ -290,12 +300,12 @@ def draw_predictions(
     for i, (o, ax) in enumerate(zip(scenes, axes)):
         show_boxes(o.image, relative_boxes(o.boxes, *o.image.shape[:2]), ax=ax, color='white')
         for good, colour in ((False, COLOURS[6]), (True, COLOURS[2])):
-            keep = (found.scores[i] >= threshold) & (torch.as_tensor(right[i]) == good)
+            keep = (found.scores[i] >= threshold) & best_class(found.queries[i]) & (torch.as_tensor(right[i]) == good)
             show_boxes(None, found.boxes[i][keep], [config['vocab'][k] for k in found.labels[i][keep]], found.scores[i][keep], ax=ax, color=colour)
     axes[0].figure.suptitle(f'white: true boxes   green: predicted, and right   red: predicted, and wrong   (scores from {threshold})', color=INK, fontsize=10)
     return axes[0].figure
 
-# %% ../nbs/34_train.ipynb #93d68228
+# %% ../nbs/34_train.ipynb #b5f4bb3e
 def choose_digits(found, right, n:int=4) -> list: # (scene, place in its list of detections)
     "Right detections from small to large, in different scenes, of different digits if there are; the best ones if none is right."
     all_ = [(i, k) for i in range(len(right)) for k in range(min(6, len(right[i])))]
@@ -321,7 +331,7 @@ def zoom(image, left, top, side, px:int=300): # uint8 array `px px 3`
     h, w = image.shape[:2]
     return np.asarray(Image.fromarray(image).resize((px, px), Image.BICUBIC, box=(left * w, top * h, (left + side) * w, (top + side) * h)))
 
-# %% ../nbs/34_train.ipynb #6a6b5a22
+# %% ../nbs/34_train.ipynb #7b9df0fa
 def draw_points(
     model, config, # Of `load_run`
     n:int=4,       # Digits
@@ -342,7 +352,7 @@ def draw_points(
     explain_points(axes, look)
     return axes[0, 0].figure
 
-# %% ../nbs/34_train.ipynb #1f80c85a
+# %% ../nbs/34_train.ipynb #a43b34d8
 def draw_digit(row, image, box, title, look, shapes):
     "One row: the scene, and for each level what is read around the digit."
     reference, points, weights = look
@@ -371,23 +381,24 @@ def explain_points(axes, look):
     with style(): bar = fig.colorbar(cm.ScalarMappable(colors.Normalize(0, 1), 'autumn_r'), ax=axes[:, -1], shrink=.5, aspect=30, ticks=[0, 1])
     bar.set_label("weight, of the row's largest", color=INK); bar.ax.tick_params(color=INK, labelcolor=INK)
 
-# %% ../nbs/34_train.ipynb #d9690785
+# %% ../nbs/34_train.ipynb #6b08a22f
 RUN = ('model.safetensors', 'config.json', 'metrics.json')
 PICTURES = ('losses.png', 'predictions.png', 'points.png')
 
-def number(x): return None if x is None or math.isnan(x) else round(float(x), 5)
+def number(x):
+    "A number for JSON, which knows no NaN."
+    return None if x is None or math.isnan(x) else round(float(x), 5)
 
 def metrics_of(state:dict) -> dict:
     "What `metrics.json` says about the state of a run."
-    from deformlit import __version__
     config, scores = state['config'], dict(state['scores'])
     per_class = dict(zip(config['vocab'], map(number, scores.pop('per_class'))))
     history = [dict(epoch=i, **dict(zip(state['columns'], map(number, row)))) for i, row in enumerate(state['values'], 1)]
     return {**{k: number(v) for k, v in scores.items()}, 'per_class': per_class, 'seconds': round(state['seconds'], 1), 'epochs': state['epoch'], 'seed': config['seed'],
             'parameters': sum(v.numel() for k, v in state['model'].items() if not k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))),
-            'backend': state['ran'], 'threads': torch.get_num_threads(), 'torch': torch.__version__, 'deformlit': __version__, 'history': history}
+            'backend': state['ran'], 'threads': torch.get_num_threads(), 'torch': torch.__version__, 'deformlit': sys.modules['deformlit'].__version__, 'history': history}
 
-# %% ../nbs/34_train.ipynb #8f022b5c
+# %% ../nbs/34_train.ipynb #5aa64acd
 def write_run(
     folder,             # Of the run; has a `resume.pt`
     pictures:bool=True, # Draw, too
@@ -410,7 +421,7 @@ def draw_run(model, config, history, losses, files):
     figures = draw_losses(history, losses), draw_predictions(model, config), draw_points(model, config)
     for fig, file in zip(figures, files): save_figure(fig, file)
 
-# %% ../nbs/34_train.ipynb #3abbdd4a
+# %% ../nbs/34_train.ipynb #998fd6f3
 def load_run(
     folder, # Written by `deformlit-train`
 ):          # The detector in eval mode, and its configuration
@@ -423,7 +434,7 @@ def load_run(
     except Exception as e: raise ArgumentError('folder', f'{file}, which cannot be read ({type(e).__name__})', 'weights that fit its config.json') from e
     return model.eval(), config
 
-# %% ../nbs/34_train.ipynb #e39e8bde
+# %% ../nbs/34_train.ipynb #04058ce5
 def read_state(folder) -> dict:
     "What the last finished epoch left in `resume.pt`. Raises `ArgumentError`."
     file = Path(folder)/'resume.pt'
@@ -441,7 +452,7 @@ def is_finished(folder) -> bool:
     try: return read_json(Path(folder)/'metrics.json')['epochs'] >= read_json(Path(folder)/'config.json')['epochs']
     except (ArgumentError, KeyError, TypeError): return False
 
-# %% ../nbs/34_train.ipynb #7c403187
+# %% ../nbs/34_train.ipynb #cac2d07e
 def check_folder(folder, name:str='--out') -> Path:
     "Make a folder and try to write in it, before any work is done. Raises `ArgumentError`."
     folder = Path(folder)
@@ -452,7 +463,7 @@ def check_folder(folder, name:str='--out') -> Path:
     for o in (*RUN, *PICTURES, 'resume.pt'): check(not (folder/o).is_dir(), name, f"'{folder}', in which {o} is a folder", 'a place for files')
     return folder
 
-# %% ../nbs/34_train.ipynb #2faa2aea
+# %% ../nbs/34_train.ipynb #05360424
 def train(
     config:dict, # Fields as in `DEFAULTS`, and the `vocab`
     folder,      # Where the run's files go
@@ -481,7 +492,7 @@ def train(
     file.unlink()
     return metrics
 
-# %% ../nbs/34_train.ipynb #6884ffcf
+# %% ../nbs/34_train.ipynb #6d6ec0c8
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are one line, and that tells errors of ours in the same way."
     def error(self, message): self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
@@ -497,7 +508,7 @@ def rate(text:str) -> tuple:
     try: return name, float(value)
     except ValueError: raise argparse.ArgumentTypeError(f'expected group=multiple, such as backbone=0.1, got {text!r}')
 
-# %% ../nbs/34_train.ipynb #99f71199
+# %% ../nbs/34_train.ipynb #5aad1ba7
 def train_parser() -> Parser:
     "The options of `deformlit-train`: one for each field of `DEFAULTS`, and those of the run."
     p = Parser(prog='deformlit-train', description='Train a detector of handwritten digits from scratch.', argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -511,7 +522,7 @@ def train_parser() -> Parser:
         p.add_argument(flag(k), help=f'{HELP[k]} ({said})', **how, **({'nargs': '+'} if several else {}))
     return p
 
-# %% ../nbs/34_train.ipynb #f69992d4
+# %% ../nbs/34_train.ipynb #24d741b3
 def prepare(given:dict) -> tuple: # (folder, config, state)
     "Check everything that can be checked before the first step. Raises `ArgumentError`."
     given = dict(given)
@@ -534,7 +545,7 @@ def greet(folder, config, state):
     if is_finished(folder): print(f'{folder} holds a finished run: it is replaced when this one ends')
     elif (folder/'resume.pt').exists(): print(f'{folder} holds a run that was interrupted: it is replaced after the first epoch (--resume would go on with it)')
 
-# %% ../nbs/34_train.ipynb #ab1fc1dc
+# %% ../nbs/34_train.ipynb #15111fbf
 def stopped(folder, began) -> int: # Exit status
     "After Ctrl-C: keep the last finished epoch as a run that can be used, and say how to go on."
     file, before = folder/'resume.pt', signal.signal(signal.SIGINT, signal.SIG_IGN)      # once is enough
@@ -555,7 +566,7 @@ def stamp(file):
     "When a file was written; None if it is not there."
     return file.stat().st_mtime_ns if file.exists() else None
 
-# %% ../nbs/34_train.ipynb #2c80911a
+# %% ../nbs/34_train.ipynb #f56b218a
 def main_train(argv=None):
     "`deformlit-train`: trains a detector on `DigitScenes`; `--help` lists the options."
     parser = train_parser()
@@ -569,39 +580,38 @@ def main_train(argv=None):
         except KeyboardInterrupt: return stopped(folder, began)
     print(f"AP {m['AP'] or 0:.3f}  AP50 {m['AP50'] or 0:.3f}  in {clock(m['seconds'])}; see {folder}: {' '.join((*RUN, *PICTURES))}")
 
-# %% ../nbs/34_train.ipynb #7541fead
-@torch.no_grad()
+# %% ../nbs/34_train.ipynb #d59397f7
 def find_digits(
     model, config,       # Of `load_run`
     image,               # Anything that `open_image` takes
     threshold:float=0.3, # Least score
     size:int=None,       # Pixels of the longer side when the model looks; None: as in training
 ) -> Found:
-    "What is in a picture of any size; boxes are in its own pixels."
+    "What is in a picture of any size; boxes are in its own pixels, each with the best class of its query."
     from PIL import Image
     image = open_image(image)
     h, w = image.shape[:2]
     scale = (size or config['size']) / max(h, w)
     small = Image.fromarray(image).resize((max(1, round(w * scale)), max(1, round(h * scale))), Image.BILINEAR)
-    scores, labels, boxes, _ = (o[0] for o in detect(model(normalise(np.array(small))[None])))
-    keep, edge = scores >= threshold, torch.tensor([w, h, w, h])
+    with torch.no_grad(): scores, labels, boxes, queries = (o[0] for o in detect(model(normalise(np.array(small))[None])))
+    keep, edge = (scores >= threshold) & best_class(queries), torch.tensor([w, h, w, h])
     boxes = (cxcywh_to_xyxy(boxes[keep]) * edge).clamp(min=0).minimum(edge)
     return Found(boxes, [config['vocab'][i] for i in labels[keep]], scores[keep])
 
-# %% ../nbs/34_train.ipynb #8a2cce26
+# %% ../nbs/34_train.ipynb #6129d9ed
 def write_found(image, found:Found, folder, name:str) -> dict:
     "The picture with boxes as `name.boxes.png`, and the boxes as `name.boxes.json`."
     import matplotlib.pyplot as plt
     h, w = image.shape[:2]
     rows = [dict(box=[round(v, 2) for v in box], label=label, score=round(score, 4)) for box, label, score in zip(found.boxes.tolist(), found.labels, found.scores.tolist())]
     with replacing(folder, f'{name}.boxes.png', f'{name}.boxes.json') as (png, text):
-        with style(): fig = plt.figure(figsize=(8 * w / max(h, w), 8 * h / max(h, w)))
+        with style(): fig = plt.figure(figsize=(5 * w / max(h, w), 5 * h / max(h, w)))
         show_boxes(image, relative_boxes(found.boxes, h, w), found.labels, found.scores, ax=fig.add_axes((0, 0, 1, 1)))
-        save_figure(fig, png, dpi=max(64, max(h, w) / 8), bbox_inches='tight', pad_inches=0)
+        save_figure(fig, png, dpi=max(100, max(h, w) / 5), bbox_inches='tight', pad_inches=0)
         text.write_text(json.dumps(dict(width=w, height=h, found=rows), indent=1) + '\n', encoding='utf-8')
     return rows
 
-# %% ../nbs/34_train.ipynb #492f10b9
+# %% ../nbs/34_train.ipynb #154fcde6
 def detect_parser() -> Parser:
     "The options of `deformlit-detect`."
     p = Parser(prog='deformlit-detect', description='Find digits in pictures: writes NAME.boxes.png and NAME.boxes.json.', allow_abbrev=False)
@@ -612,7 +622,7 @@ def detect_parser() -> Parser:
     p.add_argument('--out', metavar='FOLDER', help='where results go (beside each photo)')
     return p
 
-# %% ../nbs/34_train.ipynb #ca0ce7ce
+# %% ../nbs/34_train.ipynb #fc3986b5
 def main_detect(argv=None):
     "`deformlit-detect`: finds digits in pictures; `--help` lists the options."
     parser = detect_parser()
