@@ -540,7 +540,7 @@ def prepare(given:dict) -> tuple: # (folder, config, state)
 def greet(folder, config, state):
     "What will be done, and what becomes of a run that is there already."
     size, c = sum(p.numel() for p in build_model(config).parameters()), config
-    print(f"{c['model']}, {size / 1e6:.2f} M parameters; {c['epochs']} epochs of {c['items']} new scenes, {c['valid_items']} to validate on; {folder}")
+    print(f"{c['model']}, {size / 1e6:.2f} M parameters; {c['epochs']} epoch{'s' * (c['epochs'] > 1)} of {c['items']} new scenes, {c['valid_items']} to validate on; {folder}")
     if state: return print(f"going on after epoch {state['epoch']}")
     if is_finished(folder): print(f'{folder} holds a finished run: it is replaced when this one ends')
     elif (folder/'resume.pt').exists(): print(f'{folder} holds a run that was interrupted: it is replaced after the first epoch (--resume would go on with it)')
