@@ -184,7 +184,8 @@ def test_sigint(tmp_path):
     code = 'from deformlit.train import main_train; raise SystemExit(main_train())'
     args = [*TINY, '--epochs', '500', '--out', 'with space']
     p = subprocess.Popen([sys.executable, '-c', code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                         env={**os.environ, 'PYTHONPATH': str(Path(T.__file__).parents[1])})
+                         env={**os.environ, 'PYTHONPATH': str(Path(T.__file__).parents[1])},
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # jobs in the background start with Ctrl-C ignored
     while not p.stdout.readline().startswith('    1 '): assert p.poll() is None, p.stderr.read()
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=120)
