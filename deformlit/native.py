@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['home', 'settings', 'BuildError', 'torch_folder', 'cuda_home', 'compiler', 'architectures', 'command', 'first_error',
-           'build', 'cache', 'key', 'locked', 'say', 'library', 'needs_library']
+           'build', 'cache', 'key', 'locked', 'say', 'library', 'needs_library', 'differentiable', 'cubin',
+           'needs_nvrtc', 'Kernels']
 
-# %% ../nbs/40_native.ipynb #576a6cf5
+# %% ../nbs/40_native.ipynb #b9848683
 import ctypes, hashlib, os, platform, re, shutil, subprocess, sys, sysconfig
 from configparser import ConfigParser
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../nbs/40_native.ipynb #ae8ecc40
+# %% ../nbs/40_native.ipynb #9153f4d2
 def home(
     root=None, # A folder with settings.ini; left out, the installed package's copy or else the checkout
 ) -> Path:
@@ -30,7 +31,7 @@ def settings(
     ini.read_string((home(root)/'settings.ini').read_text(encoding='utf-8'))
     return {name: {k: v.split() for k, v in ini[name].items()} for name in ini.sections()}
 
-# %% ../nbs/40_native.ipynb #9dbaf3b2
+# %% ../nbs/40_native.ipynb #26951d66
 class BuildError(RuntimeError):
     "A library could not be built: says why in a line; `log` has all that the compiler said."
     def __init__(self, why, log=''): super().__init__(why); self.log = log
@@ -43,7 +44,7 @@ def torch_folder() -> Path:
         if (o/'include/torch/csrc/stable/library.h').exists(): return o
     raise BuildError("PyTorch's headers are not installed")
 
-# %% ../nbs/40_native.ipynb #fa069e12
+# %% ../nbs/40_native.ipynb #2b7d1226
 def cuda_home():
     "The folder of a CUDA toolkit that is whole, with bin/nvcc and include/cuda_runtime.h; None if there is none."
     places = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH')]
@@ -66,7 +67,7 @@ def compiler(
     if not found: raise BuildError(f"no C++ compiler: {' or '.join(names)} is not on the path")
     return found
 
-# %% ../nbs/40_native.ipynb #3fac65e0
+# %% ../nbs/40_native.ipynb #9aa9c36b
 def architectures(nvcc, wanted):
     "nvcc's flags for those of the `wanted` architectures that it knows, and PTX of the newest for GPUs to come."
     known = subprocess.run([nvcc, '--list-gpu-arch'], capture_output=True, text=True).stdout.split()
@@ -89,7 +90,7 @@ def command(
             *(str(home(root)/o) for o in s[kind]['sources']), '-o', str(out),
             f"-L{torch/'lib'}", *(f'-l{o}' for o in s[kind]['libraries'] if list((torch/'lib').glob(f'lib{o}.*')))]
 
-# %% ../nbs/40_native.ipynb #5e30994c
+# %% ../nbs/40_native.ipynb #65b1452f
 def first_error(text):
     "The line of a compiler's words that says what is wrong."
     lines = [o.strip() for o in text.splitlines() if o.strip()]
@@ -112,7 +113,7 @@ def build(
     finally: part.unlink(missing_ok=True)
     return out
 
-# %% ../nbs/40_native.ipynb #eedcbdaa
+# %% ../nbs/40_native.ipynb #a46c2f1a
 def cache() -> Path:
     "Where libraries built at first use are kept: `DEFORMLIT_CACHE`, else the user's cache folder."
     if named := os.environ.get('DEFORMLIT_CACHE'): return Path(named)
@@ -132,7 +133,7 @@ def key(
         h.update(p.name.encode() + p.read_bytes())
     return f'{kind}-{h.hexdigest()[:16]}'
 
-# %% ../nbs/40_native.ipynb #3c37d479
+# %% ../nbs/40_native.ipynb #b4fea910
 @contextmanager
 def locked(
     path, # A file, made if need be
@@ -167,7 +168,7 @@ def library(
             (folder/'build.log').write_text(e.log or str(e))
             raise BuildError(f"{e} (all of it in {folder/'build.log'})", e.log) from None
 
-# %% ../nbs/40_native.ipynb #9274fc28
+# %% ../nbs/40_native.ipynb #9694a362
 _answers = {}
 
 def needs_library(
@@ -194,3 +195,148 @@ def _load(kind, root):
         try: return torch.ops.load_library(str(path))
         except OSError as e: why = f'{path} does not load: {e}'
     return why
+
+# %% ../nbs/40_native.ipynb #658ccac6
+def _again(eager, grad, args, needs):
+    "Gradients by the eager form, as functions that can be differentiated again; `needs` says of which arguments."
+    import torch
+    args = [o.view_as(o) if isinstance(o, torch.Tensor) else o for o in args]   # an argument may be made from another: each is taken by itself
+    got = iter(torch.autograd.grad(eager(*args), [o for o, need in zip(args, needs) if need], grad, create_graph=True, allow_unused=True))
+    return tuple(next(got) if need else None for need in needs)
+
+def _only_vmap():
+    "Whether vmap alone is at work: in the other transforms of `torch.func` PyTorch lets no custom op take part."
+    from torch._C import _functorch as f
+    return all(o.key() == f.TransformType.Vmap for o in f.get_interpreter_stack())
+
+# %% ../nbs/40_native.ipynb #cc07f199
+def differentiable(
+    name:str, # An op that is defined, such as 'deformlit::ms_deform_attn'
+    backward, # `backward(grad, *args)`: the gradients of all arguments, by a kernel; None for what is no tensor
+    eager,    # The same function in PyTorch, for second derivatives and `torch.func`
+):
+    "Give an op its gradient, under the Autograd key; returns the function to call it by, which spares ordinary calls the way there."
+    import torch
+    from torch.autograd import forward_ad
+    op, grad_mode, any_grad = torch._library.utils.lookup_op(name), torch.is_grad_enabled, torch._C._any_requires_grad
+    below, transforms, compiling = torch._C._AutoDispatchBelowAutograd, torch._C._are_functorch_transforms_active, torch.compiler.is_compiling
+    tensor = [o.type.kind() == 'TensorType' for o in op._schema.arguments]
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            ctx.save_for_backward(*[o for o, t in zip(args, tensor) if t])
+            ctx.rest = [None if t else o for o, t in zip(args, tensor)]
+            with below(): return op(*args)
+        @staticmethod
+        def backward(ctx, grad):
+            saved = iter(ctx.saved_tensors)
+            args = [next(saved) if t else o for o, t in zip(ctx.rest, tensor)]
+            return _again(eager, grad, args, ctx.needs_input_grad) if grad_mode() else backward(grad, *args)
+    def autograd(*args):
+        if forward_ad._current_level >= 0: return eager(*args)
+        if grad_mode() and any_grad(*args): return Function.apply(*args)
+        with below(): return op(*args)
+    torch.library.impl(name, 'Autograd', autograd)
+    def call(*args):
+        if compiling(): return op(*args)
+        if transforms(): return (op if _only_vmap() else eager)(*args)
+        return autograd(*args)
+    return call
+
+# %% ../nbs/40_native.ipynb #36d656aa
+def _files(*patterns):
+    "The files beside torch, then in the CUDA toolkit, that fit one of the patterns."
+    places = [torch_folder().parent/'nvidia', torch_folder(), cuda_home()]
+    return [f for o in places if o for pattern in patterns for f in sorted(o.glob(pattern)) if '.alt.' not in f.name]
+
+def _nvrtc():
+    "NVIDIA's run-time compiler, a library that PyTorch's CUDA packages bring; raises `BuildError` where it is missing."
+    for o in _files('*/lib/libnvrtc.so.*', 'lib/libnvrtc*.so*', 'lib64/libnvrtc.so.*'):
+        try: return ctypes.CDLL(str(o))
+        except OSError: continue
+    raise BuildError('libnvrtc was not found: it comes with the CUDA builds of PyTorch')
+
+def _text(size, get, program):
+    "What NVRTC has to say or give: ask for the size, then for the bytes."
+    n = ctypes.c_size_t()
+    size(program, ctypes.byref(n))
+    out = ctypes.create_string_buffer(n.value)
+    get(program, out)
+    return out.raw
+
+# %% ../nbs/40_native.ipynb #ccf48761
+def cubin(
+    source:str, # CUDA C++: kernels declared `extern "C" __global__`; no host code, no header of PyTorch
+    arch:str,   # Architecture, such as '90'
+    include=(), # Folders of the headers it includes
+    flags=(),   # More flags for NVRTC
+) -> bytes:
+    "The machine code of `source` for one GPU architecture, compiled in this process; raises `BuildError` with the compiler's words."
+    rtc, program = _nvrtc(), ctypes.c_void_p()
+    folders = [*include, *dict.fromkeys(o.parent for o in _files('*/include/cuda_fp16.h', 'include/cuda_fp16.h'))][:len(include) + 1]
+    options = ['--std=c++17', f'--gpu-architecture=sm_{arch}', *(f'-I{o}' for o in folders), *flags]
+    rtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b'kernels.cu', 0, None, None)
+    try:
+        failed = rtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
+        log = _text(rtc.nvrtcGetProgramLogSize, rtc.nvrtcGetProgramLog, program).rstrip(b'\0').decode(errors='replace')
+        if failed: raise BuildError(first_error(log), log)
+        return _text(rtc.nvrtcGetCUBINSize, rtc.nvrtcGetCUBIN, program)
+    finally: rtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+# %% ../nbs/40_native.ipynb #a8f6b731
+def needs_nvrtc():
+    "None when `Kernels` can be compiled and launched here; else says why not."
+    import torch
+    if not torch.cuda.is_available(): return 'no GPU: torch.cuda.is_available() is False'
+    try: _nvrtc()
+    except BuildError as e: return str(e)
+needs_nvrtc._dynamo_marked_constant = True
+
+def _driver(name, *args):
+    "A call of the CUDA driver, by name; an error of the driver is raised."
+    cuda = ctypes.CDLL('libcuda.so.1')
+    if code := getattr(cuda, name)(*args):
+        text = ctypes.c_char_p()
+        cuda.cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"{name}: {(text.value or b'').decode()} (CUDA error {code})")
+
+def _argument(o):
+    "A kernel's argument as C sees it: a tensor is its pointer, a whole number 64 bits, a float 32; ctypes' own stay as they are."
+    if isinstance(o, (int, float)): return ctypes.c_float(o) if isinstance(o, float) else ctypes.c_int64(o)
+    return ctypes.c_void_p(o.data_ptr()) if hasattr(o, 'data_ptr') else o
+
+# %% ../nbs/40_native.ipynb #39f06cca
+class Kernels:
+    "The kernels of a CUDA source, compiled by NVRTC for the current GPU when the first is launched."
+    def __init__(self,
+        source:str, # As in `cubin`
+        include=(), # Folders of the headers it includes
+        flags=(),   # More flags for NVRTC
+    ): self.source, self.include, self.flags, self.modules, self.found = source, include, flags, {}, {}
+    def kernel(self, name, device):
+        "The driver's handle of a kernel on a device."
+        import torch
+        if device not in self.modules:
+            code, module = cubin(self.source, '{}{}'.format(*torch.cuda.get_device_capability(device)), self.include, self.flags), ctypes.c_void_p()
+            _driver('cuModuleLoadData', ctypes.byref(module), code)
+            self.modules[device] = module
+        f = ctypes.c_void_p()
+        _driver('cuModuleGetFunction', ctypes.byref(f), self.modules[device], name.encode())
+        return f
+    def launch(self,
+        name:str,    # Name of the kernel
+        grid:tuple,  # Blocks in x, y, z
+        block:tuple, # Threads of a block in x, y, z
+        *args,       # Tensors (their pointers), whole numbers (int64), floats (float), or ctypes' own
+        shared=0,    # Bytes of dynamic shared memory
+    ):
+        "Launch a kernel on the current device and stream; what the driver refuses is raised."
+        import torch
+        device = torch.cuda.current_device()
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        if (name, device) not in self.found: self.found[name, device] = self.kernel(name, device)
+        f, values = self.found[name, device], [_argument(o) for o in args]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(o) for o in values))
+        if shared > 48 * 1024: _driver('cuFuncSetAttribute', f, 8, shared)     # 8: the most dynamic shared memory a block may ask for
+        sizes = [ctypes.c_uint(o) for o in (*grid, *block, shared)]
+        _driver('cuLaunchKernel', f, *sizes, stream, pointers, None)
