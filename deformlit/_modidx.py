@@ -455,6 +455,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'deformlit.native._again': ('native.html#_again', 'deformlit/native.py'),
                                   'deformlit.native._argument': ('native.html#_argument', 'deformlit/native.py'),
                                   'deformlit.native._driver': ('native.html#_driver', 'deformlit/native.py'),
+                                  'deformlit.native._extra': ('native.html#_extra', 'deformlit/native.py'),
                                   'deformlit.native._files': ('native.html#_files', 'deformlit/native.py'),
                                   'deformlit.native._load': ('native.html#_load', 'deformlit/native.py'),
                                   'deformlit.native._nvrtc': ('native.html#_nvrtc', 'deformlit/native.py'),

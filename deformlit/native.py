@@ -7,14 +7,14 @@ __all__ = ['home', 'settings', 'BuildError', 'torch_folder', 'cuda_home', 'compi
            'build', 'cache', 'key', 'locked', 'say', 'library', 'needs_library', 'differentiable', 'cubin',
            'needs_nvrtc', 'Kernels']
 
-# %% ../nbs/40_native.ipynb #b9848683
+# %% ../nbs/40_native.ipynb #88611465
 import ctypes, hashlib, os, platform, re, shutil, subprocess, sys, sysconfig
 from configparser import ConfigParser
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../nbs/40_native.ipynb #9153f4d2
+# %% ../nbs/40_native.ipynb #2f6c47b1
 def home(
     root=None, # A folder with settings.ini; left out, the installed package's copy or else the checkout
 ) -> Path:
@@ -31,7 +31,7 @@ def settings(
     ini.read_string((home(root)/'settings.ini').read_text(encoding='utf-8'))
     return {name: {k: v.split() for k, v in ini[name].items()} for name in ini.sections()}
 
-# %% ../nbs/40_native.ipynb #26951d66
+# %% ../nbs/40_native.ipynb #75144aeb
 class BuildError(RuntimeError):
     "A library could not be built: says why in a line; `log` has all that the compiler said."
     def __init__(self, why, log=''): super().__init__(why); self.log = log
@@ -44,7 +44,7 @@ def torch_folder() -> Path:
         if (o/'include/torch/csrc/stable/library.h').exists(): return o
     raise BuildError("PyTorch's headers are not installed")
 
-# %% ../nbs/40_native.ipynb #2b7d1226
+# %% ../nbs/40_native.ipynb #5905f058
 def cuda_home():
     "The folder of a CUDA toolkit that is whole, with bin/nvcc and include/cuda_runtime.h; None if there is none."
     places = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH')]
@@ -67,12 +67,14 @@ def compiler(
     if not found: raise BuildError(f"no C++ compiler: {' or '.join(names)} is not on the path")
     return found
 
-# %% ../nbs/40_native.ipynb #9aa9c36b
+# %% ../nbs/40_native.ipynb #3daba297
 def architectures(nvcc, wanted):
     "nvcc's flags for those of the `wanted` architectures that it knows, and PTX of the newest for GPUs to come."
     known = subprocess.run([nvcc, '--list-gpu-arch'], capture_output=True, text=True).stdout.split()
     use = [o for o in wanted if f'compute_{o}' in known] or wanted
     return [f'-gencode=arch=compute_{o},code=sm_{o}' for o in use] + [f'-gencode=arch=compute_{use[-1]},code=compute_{use[-1]}']
+
+def _extra(): return os.environ.get('DEFORMLIT_FLAGS', '').split()
 
 def command(
     kind:str, # 'cpu' or 'cuda'
@@ -85,12 +87,12 @@ def command(
     major, minor = map(int, s['torch']['target'][0].split('.'))
     arch = architectures(cxx, s[kind]['architectures']) if 'architectures' in s[kind] else []
     if kind == 'cuda' and os.environ.get('CXX'): arch += ['-ccbin', os.environ['CXX']]
-    return [cxx, *s[kind]['flags'], f'-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000', *arch, *flags,
+    return [cxx, *s[kind]['flags'], f'-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000', *arch, *flags, *_extra(),
             *(f'-I{home(root)/o}' for o in s['torch'].get('headers', [])), f"-I{torch/'include'}",
             *(str(home(root)/o) for o in s[kind]['sources']), '-o', str(out),
             f"-L{torch/'lib'}", *(f'-l{o}' for o in s[kind]['libraries'] if list((torch/'lib').glob(f'lib{o}.*')))]
 
-# %% ../nbs/40_native.ipynb #65b1452f
+# %% ../nbs/40_native.ipynb #f28faf71
 def first_error(text):
     "The line of a compiler's words that says what is wrong."
     lines = [o.strip() for o in text.splitlines() if o.strip()]
@@ -113,7 +115,7 @@ def build(
     finally: part.unlink(missing_ok=True)
     return out
 
-# %% ../nbs/40_native.ipynb #a46c2f1a
+# %% ../nbs/40_native.ipynb #ec5c97f7
 def cache() -> Path:
     "Where libraries built at first use are kept: `DEFORMLIT_CACHE`, else the user's cache folder."
     if named := os.environ.get('DEFORMLIT_CACHE'): return Path(named)
@@ -126,14 +128,14 @@ def key(
     "A name for what would be built: a hash of sources, settings, compiler and processor."
     s, folder = settings(root), home(root)
     version = subprocess.run([compiler(kind), '--version'], capture_output=True, text=True).stdout
-    h = hashlib.sha256(repr((s['torch'], s[kind], version, platform.machine())).encode())
+    h = hashlib.sha256(repr((s['torch'], s[kind], _extra(), version, platform.machine())).encode())
     files = {p for o in s['torch'].get('headers', []) for p in (folder/o).rglob('*') if p.is_file()} | {folder/o for o in s[kind]['sources']}
     for p in sorted(files):
         if not p.exists(): raise BuildError(f'the source {p.name} is missing')
         h.update(p.name.encode() + p.read_bytes())
     return f'{kind}-{h.hexdigest()[:16]}'
 
-# %% ../nbs/40_native.ipynb #b4fea910
+# %% ../nbs/40_native.ipynb #b05dfc22
 @contextmanager
 def locked(
     path, # A file, made if need be
@@ -168,7 +170,7 @@ def library(
             (folder/'build.log').write_text(e.log or str(e))
             raise BuildError(f"{e} (all of it in {folder/'build.log'})", e.log) from None
 
-# %% ../nbs/40_native.ipynb #9694a362
+# %% ../nbs/40_native.ipynb #cd46463e
 _answers = {}
 
 def needs_library(
@@ -190,13 +192,13 @@ def _load(kind, root):
     if kind == 'cuda' and not torch.cuda.is_available(): return 'no GPU: torch.cuda.is_available() is False'
     packaged = Path(find_spec('deformlit').origin).parent/f'_{kind}.abi3.so'
     why = None
-    for find in ([lambda: packaged] if root is None and packaged.exists() else []) + [lambda: library(kind, root)]:
+    for find in ([lambda: packaged] if root is None and packaged.exists() and not _extra() else []) + [lambda: library(kind, root)]:
         path = find()
         try: return torch.ops.load_library(str(path))
         except OSError as e: why = f'{path} does not load: {e}'
     return why
 
-# %% ../nbs/40_native.ipynb #658ccac6
+# %% ../nbs/40_native.ipynb #97d362ef
 def _again(eager, grad, args, needs):
     "Gradients by the eager form, as functions that can be differentiated again; `needs` says of which arguments."
     import torch
@@ -209,7 +211,7 @@ def _only_vmap():
     from torch._C import _functorch as f
     return all(o.key() == f.TransformType.Vmap for o in f.get_interpreter_stack())
 
-# %% ../nbs/40_native.ipynb #cc07f199
+# %% ../nbs/40_native.ipynb #d9055cb4
 def differentiable(
     name:str, # An op that is defined, such as 'deformlit::ms_deform_attn'
     backward, # `backward(grad, *args)`: the gradients of all arguments, by a kernel; None for what is no tensor
@@ -243,7 +245,7 @@ def differentiable(
         return autograd(*args)
     return call
 
-# %% ../nbs/40_native.ipynb #36d656aa
+# %% ../nbs/40_native.ipynb #afe5bc04
 def _files(*patterns):
     "The files beside torch, then in the CUDA toolkit, that fit one of the patterns."
     places = [torch_folder().parent/'nvidia', torch_folder(), cuda_home()]
@@ -264,7 +266,7 @@ def _text(size, get, program):
     get(program, out)
     return out.raw
 
-# %% ../nbs/40_native.ipynb #ccf48761
+# %% ../nbs/40_native.ipynb #a977f2fe
 def cubin(
     source:str, # CUDA C++: kernels declared `extern "C" __global__`; no host code, no header of PyTorch
     arch:str,   # Architecture, such as '90'
@@ -283,7 +285,7 @@ def cubin(
         return _text(rtc.nvrtcGetCUBINSize, rtc.nvrtcGetCUBIN, program)
     finally: rtc.nvrtcDestroyProgram(ctypes.byref(program))
 
-# %% ../nbs/40_native.ipynb #a8f6b731
+# %% ../nbs/40_native.ipynb #7399f5a4
 def needs_nvrtc():
     "None when `Kernels` can be compiled and launched here; else says why not."
     import torch
@@ -305,7 +307,7 @@ def _argument(o):
     if isinstance(o, (int, float)): return ctypes.c_float(o) if isinstance(o, float) else ctypes.c_int64(o)
     return ctypes.c_void_p(o.data_ptr()) if hasattr(o, 'data_ptr') else o
 
-# %% ../nbs/40_native.ipynb #39f06cca
+# %% ../nbs/40_native.ipynb #6742d259
 class Kernels:
     "The kernels of a CUDA source, compiled by NVRTC for the current GPU when the first is launched."
     def __init__(self,
