@@ -21,12 +21,16 @@ struct F16 { unsigned short bits; };
 struct BF16 { unsigned short bits; };
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(F16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
 __device__ __forceinline__ float widen(BF16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 __device__ __forceinline__ void narrow(float x, float& y) { y = x; }
 __device__ __forceinline__ void narrow(double x, double& y) { y = x; }
+#ifdef __CUDACC__
+__device__ __forceinline__ float widen(F16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
 __device__ __forceinline__ void narrow(float x, F16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ __forceinline__ void narrow(float x, BF16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+#else                                                              // the tests run these kernels on the CPU, and bring their own
+float widen(F16 x); void narrow(float x, F16& y); void narrow(float x, BF16& y);
+#endif
 
 // VEC numbers that a thread reads or writes in one go, 16 bytes where it can.
 template <typename T, int VEC>
@@ -112,8 +116,9 @@ __device__ void forward(const CudaProblem& o, const T* value, const A* points, c
 // times `scale`, a power of two so large that `count` of the largest shares still fit. What is not finite only leaves a mark.
 template <typename A>
 __device__ __forceinline__ double scale(const A* largest, i64 count) {
-    const double most = double(largest[0]) * double(largest[1]);
-    return most > 0 ? exp2(61 - ceil(log2(most)) - ceil(log2(double(count) + 1))) : 1;
+    if (!(largest[0] > 0 && largest[1] > 0)) return 1;
+    const double power = 61 - ceil(log2(double(largest[0]))) - ceil(log2(double(largest[1]))) - ceil(log2(double(count) + 1));
+    return exp2(fmax(-1000., fmin(power, 1000.)));
 }
 struct Fixed { i64* sum; int* mark; const void* largest; i64 count; };   // `sum` is null for the ordinary gradient
 
