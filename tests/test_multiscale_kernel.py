@@ -1,9 +1,9 @@
 """The native op on the CPU: values, gradients, layouts, numbers that are none, and all the ways PyTorch can run it; see multiscale_cases.py."""
 import os, platform, subprocess, sys, timeit
 from multiscale_cases import *
+from multiscale_cases import _msda
 from notebooks import root
 from deformlit import core, native as library
-from deformlit.core import BackendError, BackendWarning
 
 @pytest.fixture(scope='module', autouse=True)
 def on():
