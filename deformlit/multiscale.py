@@ -291,7 +291,7 @@ def _order(device, grad, size):
 
 def _auto(*args):
     "The ways in the order that was measured for inputs like these."
-    if torch.compiler.is_compiling(): return ('eager',) if torch.onnx.is_in_onnx_export() else ('native', 'eager')
+    if torch.jit.is_tracing() or torch.compiler.is_compiling(): return ('eager',) if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() else ('native', 'eager')
     if not args: return 'native', 'eager'
     value, _, points, weights = args
     grad = torch.is_grad_enabled() and (value.requires_grad or points.requires_grad or weights.requires_grad)

@@ -204,7 +204,7 @@ def test_native_gets(op, types, gets):
     for way in ('eager', 'loop'):
         with backend(way): assert ms_deform_attn(*args).dtype == types[0]
 
-def test_traced_order(op):
+def test_traced_order(op, monkeypatch):
     "A compiled model takes native or eager, whatever was measured; ONNX gets PyTorch's own functions."
     f = torch.compile(lambda *args: ms_deform_attn(args[0], [(3, 5), (2, 2)], *args[1:]), backend='eager')
     value, shapes, points, weights = inputs()
@@ -212,6 +212,11 @@ def test_traced_order(op):
     torch._dynamo.reset()
     f(value, points, weights)
     assert op.ran == 'native'
+    torch.jit.trace(Export(), (value, points, weights), check_trace=False)
+    assert op.ran == 'eager'
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    torch.export.export(Export(), (value, points, weights))
+    assert op.ran == 'eager'
 
 @pytest.mark.parametrize('d, q, grad, bags', [(16, 5, False, True), (8, 500, False, False), (32, 2000, True, True), (32, 5, True, False), (16, 2000, True, False)])
 def test_eager_forms(d, q, grad, bags, monkeypatch):
