@@ -41,7 +41,8 @@ __device__ __forceinline__ void add(float* p, const float* x) {
 #if __CUDA_ARCH__ >= 900
     if constexpr (VEC >= 4) {                                      // four at a time, which GPUs can do since Hopper
         for (int i = 0; i < VEC; i += 4)
-            asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(__cvta_generic_to_global(p + i)), "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3]) : "memory");
+            asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                         :: "l"(__cvta_generic_to_global(p + i)), "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3]) : "memory");
     } else
 #endif
     for (int i = 0; i < VEC; i++) atomicAdd(p + i, x[i]);
@@ -178,7 +179,8 @@ __device__ void backward(const CudaProblem& o, const T* grad, const T* value, co
                             const i64 there = (at.b * o.s + row) * o.n + at.n;
                             if (!fixed.sum) add<VEC>(to_value + there * o.d + c, to);
                             else for (int u = 0; u < VEC; u++) {
-                                if (isfinite(to[u])) atomicAdd((unsigned long long*)fixed.sum + there * o.d + c + u, (unsigned long long)llrint(double(to[u]) * by));
+                                i64* sum = fixed.sum + there * o.d + c + u;
+                                if (isfinite(to[u])) atomicAdd((unsigned long long*)sum, (unsigned long long)llrint(double(to[u]) * by));
                                 else atomicOr(fixed.mark + there, 1);
                             }
                         }
