@@ -110,11 +110,12 @@ __device__ void forward(const CudaProblem& o, const T* value, const A* points, c
 
 // region fixed
 // Sums of floats depend on their order, sums of integers do not. The deterministic gradient adds 64-bit integers: each share
-// times `scale`, a power of two so large that `count` of the largest shares still fit. What is not finite only leaves a mark.
+// times `scale`, a power of two so large that `count` of the largest shares still fit. (1000: near the ends of what a double
+// can be.) What is not finite only leaves a mark.
 template <typename A>
 __device__ __forceinline__ double scale(const A* largest, i64 count) {
     const double most = double(largest[0]) * double(largest[1]);
-    return most > 0 ? exp2(61 - ceil(log2(most)) - ceil(log2(double(count) + 1))) : 1;
+    return most > 0 ? exp2(fmin(fmax(61 - ceil(log2(most)) - ceil(log2(double(count) + 1)), -1000.), 1000.)) : 1;
 }
 struct Fixed { i64* sum; int* mark; const void* largest; i64 count; };   // `sum` is null for the ordinary gradient
 
