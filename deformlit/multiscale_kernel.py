@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ms_deform_attn_native']
 
-# %% ../nbs/41_multiscale_kernel.ipynb #f3c1f26c
+# %% ../nbs/41_multiscale_kernel.ipynb #2ffd0677
 import ctypes, functools
 import torch
 from .core import *
@@ -13,19 +13,19 @@ from .multiscale import *
 from .multiscale import _checked, _msda, _pairs
 from .native import *
 
-# %% ../nbs/41_multiscale_kernel.ipynb #3e0d9529
+# %% ../nbs/41_multiscale_kernel.ipynb #3f65d2f8
 for schema in ('ms_deform_attn(Tensor value, SymInt[] sizes, Tensor points, Tensor weights) -> Tensor',
                'ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] sizes, Tensor points, Tensor weights, bool deterministic) -> (Tensor, Tensor, Tensor)'):
     torch.library.define('deformlit::' + schema.split('(')[0], schema[schema.index('('):], tags=torch.Tag.pt2_compliant_tag)
 
-# %% ../nbs/41_multiscale_kernel.ipynb #3ec994b6
+# %% ../nbs/41_multiscale_kernel.ipynb #8f0bbedf
 @torch.library.register_fake('deformlit::ms_deform_attn')
 def _(value, sizes, points, weights): return value.new_empty(points.shape[0], points.shape[1], value.shape[2] * value.shape[3])
 
 @torch.library.register_fake('deformlit::ms_deform_attn_backward')
 def _(grad, value, sizes, points, weights, deterministic): return tuple(o.new_empty(o.shape) for o in (value, points, weights))
 
-# %% ../nbs/41_multiscale_kernel.ipynb #d3ed80f3
+# %% ../nbs/41_multiscale_kernel.ipynb #2d933444
 def _in_batch(info, dims, tensors):
     "What `vmap` maps over joins the images of the batch."
     return [(o.expand(info.batch_size, *o.shape) if d is None else o.movedim(d, 0)).flatten(0, 1) for o, d in zip(tensors, dims)]
@@ -42,9 +42,10 @@ def _(info, dims, grad, value, sizes, points, weights, deterministic):
     to = torch.ops.deformlit.ms_deform_attn_backward(grad, value, sizes, points, weights, deterministic)
     return tuple(o.unflatten(0, (info.batch_size, len(o) // info.batch_size)) for o in to), (0, 0, 0)
 
-# %% ../nbs/41_multiscale_kernel.ipynb #c2c53d12
+# %% ../nbs/41_multiscale_kernel.ipynb #23c6a8fd
 def _backward(grad, value, sizes, points, weights):
-    to_value, to_points, to_weights = torch.ops.deformlit.ms_deform_attn_backward(grad, value, sizes, points, weights, torch.are_deterministic_algorithms_enabled())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    to_value, to_points, to_weights = torch.ops.deformlit.ms_deform_attn_backward(grad, value, sizes, points, weights, deterministic)
     return to_value, None, to_points, to_weights
 
 def _eager(value, sizes, points, weights):
@@ -52,7 +53,7 @@ def _eager(value, sizes, points, weights):
 
 _call = differentiable('deformlit::ms_deform_attn', _backward, _eager)
 
-# %% ../nbs/41_multiscale_kernel.ipynb #37751448
+# %% ../nbs/41_multiscale_kernel.ipynb #7ffb07af
 class _Level(ctypes.Structure): _fields_ = [(o, ctypes.c_int) for o in ('h', 'w', 'first')]
 class _Problem(ctypes.Structure):
     "`CudaProblem` of kernels/multiscale_cuda.h."
@@ -61,6 +62,7 @@ class _Fixed(ctypes.Structure):
     "`Fixed` of kernels/multiscale_cuda.h."
     _fields_ = [(o, ctypes.c_void_p) for o in ('sum', 'mark', 'largest')] + [('count', ctypes.c_int64)]
 
+# %% ../nbs/41_multiscale_kernel.ipynb #d335274e
 _names = {torch.float32: ('f32', 4), torch.float64: ('f64', 2), torch.float16: ('f16', 8), torch.bfloat16: ('bf16', 8)}
 
 def _check_call(value, sizes, points, weights):
@@ -69,11 +71,13 @@ def _check_call(value, sizes, points, weights):
     check(value.dtype in _names, 'value', value, 'float16, bfloat16, float32 or float64')
     for name, x in dict(points=points, weights=weights).items(): check(x.dtype == whole, name, x, f'{whole} with such values')
     check(len(sizes) == 2 * len(shapes) <= 256, 'sizes', sizes, 'h and w of each level, at most 128 levels')
-    ok = value.shape[1] < 2**31 and max(sizes) < 2**30 and max(4 * points[0, 0].numel() if len(points) and points.shape[1] else 0, value.shape[3]) < 2**31
-    check(ok, 'sizes', sizes, 'fewer than 2^31 pixels, channels and points of a query')
+    b, q, n, l, k = weights.shape
+    check(value.shape[1] < 2**31 and max(sizes) < 2**30, 'sizes', sizes, 'h and w below 2^30, and fewer than 2^31 pixels')
+    check(max(4 * n * l * k, 128 * l * k, value.shape[3]) < 2**31, 'points', points, 'fewer points of a query')
 
 def _plan(value, sizes, points, *grad):
-    "What the kernels are told, and how many numbers a thread reads at a time: every row read must then begin at a multiple of 16 bytes."
+    """What the kernels are told, how many numbers a thread reads at a time, and the number of blocks.
+    To read several at a time, every row must begin at a multiple of 16 bytes."""
     (b, s, n, d), (_, q, _, l, k, _) = value.shape, points.shape
     vec = _names[value.dtype][1]
     if d % vec or any(o % vec for o in value.stride()[:3]) or any(o.data_ptr() % 16 for o in (value, *grad)): vec = 1
@@ -86,6 +90,7 @@ def _plan(value, sizes, points, *grad):
     queries = 256 // o.lanes
     return o, vec, min(b * n * -(-q // queries), 1 << 30)
 
+# %% ../nbs/41_multiscale_kernel.ipynb #faad0218
 @functools.cache
 def _kernels(): return Kernels((home()/'kernels'/'multiscale_cuda.h').read_text(), [home()/'kernels'])
 
@@ -95,7 +100,7 @@ def _launch(name, blocks, *args):
 def _rows(value): return value if value.stride(3) == 1 and 0 <= value.stride(1) < 2**31 else value.contiguous()
 def _some(count): return min(-(-count // 256), 4096)
 
-# %% ../nbs/41_multiscale_kernel.ipynb #c3531370
+# %% ../nbs/41_multiscale_kernel.ipynb #d8dd4974
 def _nvrtc_forward(value, sizes, points, weights):
     _check_call(value, sizes, points, weights)
     value, points, weights = _rows(value), points.contiguous(), weights.contiguous()
@@ -104,6 +109,7 @@ def _nvrtc_forward(value, sizes, points, weights):
     with torch.cuda.device(value.device): _launch(f'msda_forward_{_names[value.dtype][0]}_{vec}', blocks, o, value, points, weights, out)
     return out
 
+# %% ../nbs/41_multiscale_kernel.ipynb #f578f173
 def _nvrtc_backward(grad, value, sizes, points, weights, deterministic):
     _check_call(value, sizes, points, weights)
     check_shape('grad', grad, 'b q c', b=value.shape[0], q=points.shape[1], c=value.shape[2] * value.shape[3])
@@ -122,7 +128,7 @@ def _nvrtc_backward(grad, value, sizes, points, weights, deterministic):
         if deterministic or value.dtype != whole: _launch(f'msda_finish_{name}', _some(to_value.numel()), to_value, to_sum, fixed, to_value.numel(), ctypes.c_int(o.d))
     return to_value, to_points, to_weights
 
-# %% ../nbs/41_multiscale_kernel.ipynb #feba8f8b
+# %% ../nbs/41_multiscale_kernel.ipynb #db5331be
 @functools.cache
 def _needs_cuda():
     "None if the op has kernels for CUDA: from a library, or else compiled by NVRTC."
@@ -141,7 +147,7 @@ def _fits(value, spatial_shapes, points, weights):
     if kind == 'cuda': return _needs_cuda() or (None if len(spatial_shapes) <= 128 else 'more than 128 levels on CUDA')
     return needs_library('cpu') if kind == 'cpu' else f'no kernel for {kind}'
 
-# %% ../nbs/41_multiscale_kernel.ipynb #7e55216c
+# %% ../nbs/41_multiscale_kernel.ipynb #7a77a90a
 @_msda.way('native', needs=_needs, fits=_fits)
 def ms_deform_attn_native(value, spatial_shapes, points, weights):
     "The same in C++ on the CPU and in CUDA on GPUs."

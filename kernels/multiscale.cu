@@ -36,7 +36,8 @@ void launch(void (*kernel)(P...), int64_t blocks, cudaStream_t s, A... args) {
 // Threads for a row, and whether whole words may be read: every row must then begin at a multiple of 16 bytes.
 CudaProblem plan(const Problem& p, const Tensor& value, const void* grad, int vec, bool& wide) {
     STD_TORCH_CHECK(p.l <= MOST_LEVELS, "ms_deform_attn: at most ", MOST_LEVELS, " levels on CUDA");
-    wide = p.d % vec == 0 && p.stride_b % vec == 0 && p.stride_s % vec == 0 && p.stride_n % vec == 0 && ((uintptr_t)value.data_ptr() | (uintptr_t)grad) % 16 == 0;
+    wide = p.d % vec == 0 && p.stride_b % vec == 0 && p.stride_s % vec == 0 && p.stride_n % vec == 0 &&
+           ((uintptr_t)value.data_ptr() | (uintptr_t)grad) % 16 == 0;
     CudaProblem o{p.b, p.q, p.s, p.stride_b, p.stride_s, p.stride_n, p.n, p.d, p.l, p.k, 1, {}};
     while (o.lanes < 32 && o.lanes * (wide ? vec : 1) < p.d) o.lanes *= 2;
     for (int i = 0; i < p.l; i++) o.levels[i] = {p.levels[i].h, p.levels[i].w, p.levels[i].first};
@@ -59,7 +60,8 @@ struct Kernels {
         Tensor out = output(p, value);
         bool wide;
         const CudaProblem o = plan(p, value, nullptr, VEC, wide);
-        launch(forward[wide], blocks(o), stream(value), o, (const T*)value.data_ptr(), (const A*)points.data_ptr(), (const A*)weights.data_ptr(), (T*)out.data_ptr());
+        launch(forward[wide], blocks(o), stream(value), o, (const T*)value.data_ptr(), (const A*)points.data_ptr(),
+               (const A*)weights.data_ptr(), (T*)out.data_ptr());
         return out;
     }
 
@@ -87,8 +89,8 @@ struct Kernels {
             launch(largest, blocks(grad.numel()), s, (const T*)grad.data_ptr(), grad.numel(), (A*)most.data_ptr());
             launch(weights_largest(), blocks(weights.numel()), s, (const A*)weights.data_ptr(), weights.numel(), (A*)most.data_ptr() + 1);
         }
-        launch(backward[wide], blocks(o), s, o, (const T*)grad.data_ptr(), (const T*)value.data_ptr(), (const A*)points.data_ptr(), (const A*)weights.data_ptr(),
-               to_sum, (A*)std::get<1>(to).data_ptr(), (A*)std::get<2>(to).data_ptr(), fixed);
+        launch(backward[wide], blocks(o), s, o, (const T*)grad.data_ptr(), (const T*)value.data_ptr(), (const A*)points.data_ptr(),
+               (const A*)weights.data_ptr(), to_sum, (A*)std::get<1>(to).data_ptr(), (A*)std::get<2>(to).data_ptr(), fixed);
         if (!direct) launch(finish, blocks(count), s, to_value, (const A*)to_sum, fixed, count, p.d);
         return to;
     }
@@ -99,7 +101,8 @@ template <> auto Kernels<double, double, 2>::weights_largest() -> void (*)(const
 template <> auto Kernels<F16, float, 8>::weights_largest() -> void (*)(const float*, i64, float*) { return msda_largest_f32; }
 template <> auto Kernels<BF16, float, 8>::weights_largest() -> void (*)(const float*, i64, float*) { return msda_largest_f32; }
 
-#define KERNELS(name, VEC) {{msda_forward_##name##_1, msda_forward_##name##_##VEC}, {msda_backward_##name##_1, msda_backward_##name##_##VEC}, msda_largest_##name, msda_finish_##name}
+#define KERNELS(name, VEC) {{msda_forward_##name##_1, msda_forward_##name##_##VEC}, {msda_backward_##name##_1, msda_backward_##name##_##VEC}, \
+                            msda_largest_##name, msda_finish_##name}
 const Kernels<float, float, 4> f32 = KERNELS(f32, 4);
 const Kernels<double, double, 2> f64 = KERNELS(f64, 2);
 const Kernels<F16, float, 8> f16 = KERNELS(f16, 8);
@@ -116,7 +119,9 @@ auto dispatch(const Tensor& value, A&&... args) {
         default: STD_TORCH_CHECK(false, "ms_deform_attn: `value` must be float16, bfloat16, float32 or float64"); return f32.run(args...);
     }
 }
-Tensor ms_deform_attn(Tensor value, std::vector<int64_t> sizes, Tensor points, Tensor weights) { return dispatch(value, value, sizes, points, weights); }
+Tensor ms_deform_attn(Tensor value, std::vector<int64_t> sizes, Tensor points, Tensor weights) {
+    return dispatch(value, value, sizes, points, weights);
+}
 Gradients ms_deform_attn_backward(Tensor grad, Tensor value, std::vector<int64_t> sizes, Tensor points, Tensor weights, bool deterministic) {
     return dispatch(value, grad, value, sizes, points, weights, deterministic);
 }

@@ -107,7 +107,8 @@ void forward(const Problem& o, const T* value, const A* points, const A* weights
 // Four vectors become the sums of each, [a, b, c, d]: halves are added to halves, all four at the same time.
 template <int W, int HALF, typename A, size_t... I>
 V<A, W> fold(V<A, W> a, V<A, W> b, std::index_sequence<I...>) {
-    return __builtin_shufflevector(a, b, (I / HALF * 2 * HALF + I % HALF)...) + __builtin_shufflevector(a, b, (I / HALF * 2 * HALF + I % HALF + HALF)...);
+    return __builtin_shufflevector(a, b, (I / HALF * 2 * HALF + I % HALF)...) +
+           __builtin_shufflevector(a, b, (I / HALF * 2 * HALF + I % HALF + HALF)...);
 }
 template <int W, typename A>
 void sum4(V<A, W> a, V<A, W> b, V<A, W> c, V<A, W> d, A* to) {
@@ -232,7 +233,8 @@ void backward(const Problem& o, const T* grad, const T* value, const A* points, 
                 #pragma GCC ivdep
                 for (int j = 0; j < lk; j++) {
                     const int e = i * lk + j;
-                    const Slopes<A> t = slopes(look.x[e], look.y[e], weight[e], look.h[e], look.w[e], dots[4 * e], dots[4 * e + 1], dots[4 * e + 2], dots[4 * e + 3]);
+                    const A* dot = &dots[4 * e];
+                    const Slopes<A> t = slopes(look.x[e], look.y[e], weight[e], look.h[e], look.w[e], dot[0], dot[1], dot[2], dot[3]);
                     p[2 * j] = t.x; p[2 * j + 1] = t.y; w[j] = t.weight;
                 }
             }

@@ -28,7 +28,7 @@ __device__ __forceinline__ void narrow(double x, double& y) { y = x; }
 __device__ __forceinline__ float widen(F16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
 __device__ __forceinline__ void narrow(float x, F16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ __forceinline__ void narrow(float x, BF16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-#else                                                              // the tests run these kernels on the CPU, and bring their own
+#else                                      // tests run these kernels on the CPU, and bring their own
 float widen(F16 x); void narrow(float x, F16& y); void narrow(float x, BF16& y);
 #endif
 
@@ -45,7 +45,8 @@ __device__ __forceinline__ void add(float* p, const float* x) {
 #if __CUDA_ARCH__ >= 900
     if constexpr (VEC >= 4) {                                      // four at a time, which GPUs can do since Hopper
         for (int i = 0; i < VEC; i += 4)
-            asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(__cvta_generic_to_global(p + i)), "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3]) : "memory");
+            asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                         :: "l"(__cvta_generic_to_global(p + i)), "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3]) : "memory");
     } else
 #endif
     for (int i = 0; i < VEC; i++) atomicAdd(p + i, x[i]);
@@ -113,12 +114,12 @@ __device__ void forward(const CudaProblem& o, const T* value, const A* points, c
 
 // region fixed
 // Sums of floats depend on their order, sums of integers do not. The deterministic gradient adds 64-bit integers: each share
-// times `scale`, a power of two so large that `count` of the largest shares still fit. What is not finite only leaves a mark.
+// times `scale`, a power of two so large that `count` of the largest shares still fit. (1000: near the ends of what a double
+// can be.) What is not finite only leaves a mark.
 template <typename A>
 __device__ __forceinline__ double scale(const A* largest, i64 count) {
-    if (!(largest[0] > 0 && largest[1] > 0)) return 1;
-    const double power = 61 - ceil(log2(double(largest[0]))) - ceil(log2(double(largest[1]))) - ceil(log2(double(count) + 1));
-    return exp2(fmax(-1000., fmin(power, 1000.)));
+    const double most = double(largest[0]) * double(largest[1]);
+    return most > 0 ? exp2(fmin(fmax(61 - ceil(log2(most)) - ceil(log2(double(count) + 1)), -1000.), 1000.)) : 1;
 }
 struct Fixed { i64* sum; int* mark; const void* largest; i64 count; };   // `sum` is null for the ordinary gradient
 
@@ -183,7 +184,8 @@ __device__ void backward(const CudaProblem& o, const T* grad, const T* value, co
                             const i64 there = (at.b * o.s + row) * o.n + at.n;
                             if (!fixed.sum) add<VEC>(to_value + there * o.d + c, to);
                             else for (int u = 0; u < VEC; u++) {
-                                if (isfinite(to[u])) atomicAdd((unsigned long long*)fixed.sum + there * o.d + c + u, (unsigned long long)llrint(double(to[u]) * by));
+                                i64* sum = fixed.sum + there * o.d + c + u;
+                                if (isfinite(to[u])) atomicAdd((unsigned long long*)sum, (unsigned long long)llrint(double(to[u]) * by));
                                 else atomicOr(fixed.mark + there, 1);
                             }
                         }

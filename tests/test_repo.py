@@ -109,3 +109,55 @@ def test_no_machine_paths():
         except UnicodeDecodeError: continue
         found += [f'{p.relative_to(root)}: {text[max(0, m.start() - 30):m.end() + 30]!r}' for m in pattern.finditer(text)]
     assert not found, '\n'.join(found)
+
+# ---- kernels
+
+def sources(): return [p for p in sorted((root/'kernels').glob('*')) if p.suffix in ('.h', '.cpp', '.cu')]
+
+def regions(text):
+    "The names of the regions of a source in their order; fails if one is not closed, or lies in another."
+    names, inside = [], None
+    for word, name in re.findall(r'^[ \t]*// (region|endregion) (\S+)[ \t]*$', text, re.M):
+        assert (inside is None) == (word == 'region') and inside in (None, name), f'{word} {name} within {inside}'
+        inside = name if word == 'region' else None
+        if inside: names.append(name)
+    assert inside is None, f'region {inside} is not closed'
+    return names
+
+def test_regions_are_found():
+    "The check itself: what is not closed, nested or closed by another name is seen."
+    assert regions('// region a\nx\n// endregion a\n// region b\n// endregion b\n') == ['a', 'b']
+    for wrong in ('// region a\n', '// region a\n// region b\n', '// region a\n// endregion b\n', '// endregion a\n'):
+        with pytest.raises(AssertionError): regions(wrong)
+
+def test_every_region_of_kernels_is_shown():
+    "A notebook shows each named region of kernels/ by `region(file, name)`, and each name is used once."
+    there = [(p.name, o) for p in sources() for o in regions(p.read_text(encoding='utf-8'))]
+    names = [o for _, o in there]
+    assert there and len(set(names)) == len(names), f'used twice: {sorted({o for o in names if names.count(o) > 1})}'
+    shown = {o for p in notebooks() for source in code(p) for o in re.findall(r"^region\('([^']+)', '([^']+)'\)$", source, re.M)}
+    assert not set(there) - shown, f'shown in no notebook: {sorted(set(there) - shown)}'
+    assert not shown - set(there), f'shown, but not there: {sorted(shown - set(there))}'
+
+def test_kernels_are_shown_whole():
+    "Outside the regions stand only includes, comments, namespaces and a line or two that need no page."
+    for p in sources():
+        rest = re.sub(r'^// region (\S+)\n.*?^// endregion \1\n', '', p.read_text(encoding='utf-8'), flags=re.M | re.S)
+        lines = [o for o in rest.splitlines() if o.strip() and not re.match(r'//|#|namespace|using|typedef|\}', o.strip())]
+        assert len(lines) <= 8, f'{p.name}: give these lines a region and show it:\n' + '\n'.join(lines)
+
+def test_kernel_lines_fit_a_page():
+    for p in sources() + sorted((root/'kernels'/'ladder').glob('*.h')):
+        long = [i + 1 for i, o in enumerate(p.read_text(encoding='utf-8').splitlines()) if len(o) > 150]
+        assert not long, f'{p.name}: lines {long} are longer than 150 characters'
+
+def ladder(): return sorted((root/'kernels'/'ladder').glob('*.h'))
+
+@pytest.mark.parametrize('path', ladder(), ids=lambda p: p.stem)
+def test_step_that_lost_fits(path):
+    "Each file of kernels/ladder changes text that stands once in today's sources, and the list names it."
+    text = path.read_text(encoding='utf-8')
+    changes = re.findall(r'^// in (\S+)\n(.*?)\n// write\n(.*?)\n?(?=^// in |\Z)', text, re.M | re.S)
+    assert text.startswith('// ') and len(changes) == text.count('\n// write\n') > 0
+    for file, old, new in changes: assert (root/'kernels'/file).read_text(encoding='utf-8').count(old) == 1 and new != old, f'{file} has no longer, or more than once:\n{old}'
+    assert f'[{path.stem}]({path.name})' in (path.parent/'README.md').read_text(encoding='utf-8')
