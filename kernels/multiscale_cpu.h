@@ -226,7 +226,8 @@ void backward(const Problem& o, const T* grad, const T* value, const A* points, 
                 const T* from = grad + ((b * o.q + q0 + i) * o.n + n) * d;
                 prefetch(from + 4 * int64_t(o.n) * d, d);
                 for (int c = 0; c < d; c++) g[c] = A(from[c]);
-                spread<W>(g.data(), maps.value, maps.grad, look.row.data() + i * lk, grad_rows + i * lk, look.share.data() + i * lk, lk, m, dots.data() + 4 * i * lk, d);
+                spread<W>(g.data(), maps.value, maps.grad, look.row.data() + i * lk, grad_rows + i * lk, look.share.data() + i * lk,
+                          lk, m, dots.data() + 4 * i * lk, d);
             }
             for (int i = 0; i < queries; i++) {
                 A *p = to_points + 2 * (at + i * step), *w = to_weights + at + i * step;

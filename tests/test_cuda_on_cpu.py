@@ -8,7 +8,7 @@ import sanitize
 from notebooks import root
 from deformlit import multiscale_kernel, native
 from multiscale_cases import (LEAST, TYPES, exact, inputs, near_kink, need_native, run, truth, types, units, test_precision, test_sizes, test_channels, test_nothing_to_do, test_half_numbers, test_layouts_of_values,
-    test_layouts_of_the_rest, test_inputs_are_not_changed, test_results_are_fresh, test_nan_in_a_point, test_far_points, test_bad_pixel, test_bad_weight_and_gradient, test_repeatable_when_asked, test_gradcheck, test_wrong_calls)
+    test_layouts_of_the_rest, test_inputs_are_not_changed, test_results_are_fresh, test_nan_in_a_point, test_far_points, test_bad_pixel, test_bad_weight_and_gradient, test_repeatable_when_asked, test_gradcheck, test_wrong_calls, test_most_pixels)
 
 CHANNELS = [1, 2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 33, 40, 63, 64, 65, 96, 127, 128, 129, 256, 264, 300]
 WARN = '-Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -Wno-unused-parameter -Wno-deprecated-copy -Werror'.split()
@@ -174,6 +174,9 @@ def differs(path, **case):
             except AssertionError: return True
     return False
 
-@pytest.mark.parametrize('change', [('__syncthreads();\n                if (at.q0', ';\n                if (at.q0'), ('__syncthreads();\n            for (int p = 0', ';\n            for (int p = 0'), ('step = o.lanes / 2', 'step = o.lanes / 4'), ('at.q0 + e / some', 'at.q0 + e % queries')],
-                         ids=['no wait before reading', 'no wait before the gradient', 'a shuffle too few', 'wrong query'])
+@pytest.mark.parametrize('change', [
+    pytest.param(('__syncthreads();\n                if (at.q0', ';\n                if (at.q0'), id='no wait before reading', marks=pytest.mark.slow),
+    pytest.param(('__syncthreads();\n            for (int p = 0', ';\n            for (int p = 0'), id='no wait before the gradient'),
+    pytest.param(('step = o.lanes / 2', 'step = o.lanes / 4'), id='a shuffle too few', marks=pytest.mark.slow),
+    pytest.param(('at.q0 + e / some', 'at.q0 + e % queries'), id='wrong query', marks=pytest.mark.slow)])
 def test_finds_bugs(library, tmp_path, change): assert differs(broken(tmp_path, change), d=16, q=40, k=3)
