@@ -2,7 +2,7 @@
 
 The kernels stand in for the native op's CPU form, so the tests of multiscale_cases.py run on them as they are.
 """
-import contextlib, ctypes, subprocess
+import contextlib, ctypes, os, subprocess
 import pytest, torch
 import sanitize
 from notebooks import root
@@ -27,7 +27,8 @@ class OnCpu(native.Kernels):
 
 def build(folder, kernels=root/'kernels', flags=()):
     out = folder/'cuda_on_cpu.so'
-    if sanitize.environment(): flags = [*flags, '-fsanitize=undefined', '-fno-sanitize-recover=undefined']
+    if os.environ.get('DEFORMLIT_FLAGS'): flags = [*flags, *os.environ['DEFORMLIT_FLAGS'].split()]     # of `make test-sanitize`
+    elif sanitize.environment(): flags = [*flags, '-fsanitize=undefined', '-fno-sanitize-recover=undefined']
     r = subprocess.run([native.compiler('cpu'), '-std=c++17', '-O1', '-g', '-shared', '-fPIC', '-fvisibility=hidden', '-ffp-contract=off', *WARN, *flags, f'-I{kernels}', f'-isystem{native.torch_folder()/"include"}',
                         str(root/'tests/cuda_on_cpu.cpp'), '-o', str(out)], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
