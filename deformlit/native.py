@@ -7,14 +7,14 @@ __all__ = ['home', 'settings', 'BuildError', 'torch_folder', 'cuda_home', 'compi
            'build', 'cache', 'key', 'locked', 'say', 'library', 'needs_library', 'differentiable', 'cubin',
            'needs_nvrtc', 'Kernels']
 
-# %% ../nbs/40_native.ipynb #c533a917
+# %% ../nbs/40_native.ipynb #3017f207
 import ctypes, hashlib, os, platform, re, shutil, subprocess, sys, sysconfig
 from configparser import ConfigParser
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../nbs/40_native.ipynb #4d159689
+# %% ../nbs/40_native.ipynb #d2ebdf04
 def home(
     root=None, # A folder with settings.ini; left out, the installed package's copy or else the checkout
 ) -> Path:
@@ -31,7 +31,7 @@ def settings(
     ini.read_string((home(root)/'settings.ini').read_text(encoding='utf-8'))
     return {name: {k: v.split() for k, v in ini[name].items()} for name in ini.sections()}
 
-# %% ../nbs/40_native.ipynb #fe2e033a
+# %% ../nbs/40_native.ipynb #efd6b67c
 class BuildError(RuntimeError):
     "A library could not be built: says why in a line; `log` has all that the compiler said."
     def __init__(self, why, log=''): super().__init__(why); self.log = log
@@ -44,7 +44,7 @@ def torch_folder() -> Path:
         if (o/'include/torch/csrc/stable/library.h').exists(): return o
     raise BuildError("PyTorch's headers are not installed")
 
-# %% ../nbs/40_native.ipynb #e5b7c148
+# %% ../nbs/40_native.ipynb #c44c45f7
 def cuda_home():
     "The folder of a CUDA toolkit that is whole, with bin/nvcc and include/cuda_runtime.h; None if there is none."
     places = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH')]
@@ -67,7 +67,7 @@ def compiler(
     if not found: raise BuildError(f"no C++ compiler: {' or '.join(names)} is not on the path")
     return found
 
-# %% ../nbs/40_native.ipynb #87574179
+# %% ../nbs/40_native.ipynb #b4dfa54f
 def architectures(nvcc, wanted):
     "nvcc's flags for those of the `wanted` architectures that it knows, and PTX of the newest for GPUs to come."
     known = subprocess.run([nvcc, '--list-gpu-arch'], capture_output=True, text=True).stdout.split()
@@ -92,7 +92,7 @@ def command(
             *(str(home(root)/o) for o in s[kind]['sources']), '-o', str(out),
             f"-L{torch/'lib'}", *(f'-l{o}' for o in s[kind]['libraries'] if list((torch/'lib').glob(f'lib{o}.*')))]
 
-# %% ../nbs/40_native.ipynb #ac2ac51c
+# %% ../nbs/40_native.ipynb #7771a4de
 def first_error(text):
     "The line of a compiler's words that says what is wrong."
     lines = [o.strip() for o in text.splitlines() if o.strip()]
@@ -115,7 +115,7 @@ def build(
     finally: part.unlink(missing_ok=True)
     return out
 
-# %% ../nbs/40_native.ipynb #2687bac7
+# %% ../nbs/40_native.ipynb #6dad1588
 def cache() -> Path:
     "Where libraries built at first use are kept: `DEFORMLIT_CACHE`, else the user's cache folder."
     if named := os.environ.get('DEFORMLIT_CACHE'): return Path(named)
@@ -135,7 +135,7 @@ def key(
         h.update(p.name.encode() + p.read_bytes())
     return f'{kind}-{h.hexdigest()[:16]}'
 
-# %% ../nbs/40_native.ipynb #6d011a3d
+# %% ../nbs/40_native.ipynb #57a39d71
 @contextmanager
 def locked(
     path, # A file, made if need be
@@ -170,7 +170,7 @@ def library(
             (folder/'build.log').write_text(e.log or str(e))
             raise BuildError(f"{e} (all of it in {folder/'build.log'})", e.log) from None
 
-# %% ../nbs/40_native.ipynb #f87955a8
+# %% ../nbs/40_native.ipynb #c8aea7f2
 _answers = {}
 
 def needs_library(
@@ -191,14 +191,16 @@ def _load(kind, root):
     import torch
     if kind == 'cuda' and not torch.cuda.is_available(): return 'no GPU: torch.cuda.is_available() is False'
     packaged = Path(find_spec('deformlit').origin).parent/f'_{kind}.abi3.so'
-    why = None
-    for find in ([lambda: packaged] if root is None and packaged.exists() and not _extra() else []) + [lambda: library(kind, root)]:
-        path = find()
-        try: return torch.ops.load_library(str(path))
-        except OSError as e: why = f'{path} does not load: {e}'
-    return why
+    why = ''
+    if root is None and packaged.exists() and not _extra():
+        try: return torch.ops.load_library(str(packaged))
+        except OSError as e: why = f'{packaged} does not load: {e}; '
+    try: path = library(kind, root)
+    except (BuildError, OSError) as e: raise type(e)(f'{why}{e}') from None
+    try: return torch.ops.load_library(str(path))
+    except OSError as e: return f'{why}{path} does not load: {e}'
 
-# %% ../nbs/40_native.ipynb #b0cef5c4
+# %% ../nbs/40_native.ipynb #b00e1c21
 def _again(eager, grad, args, needs):
     "Gradients by the eager form, as functions that can be differentiated again; `needs` says of which arguments."
     import torch
@@ -211,7 +213,7 @@ def _only_vmap():
     from torch._C import _functorch as f
     return all(o.key() == f.TransformType.Vmap for o in f.get_interpreter_stack())
 
-# %% ../nbs/40_native.ipynb #e00ad5f4
+# %% ../nbs/40_native.ipynb #13ae9425
 def differentiable(
     name:str, # An op that is defined, such as 'deformlit::ms_deform_attn'
     backward, # `backward(grad, *args)`: the gradients of all arguments, by a kernel; None for what is no tensor
@@ -245,7 +247,7 @@ def differentiable(
         return autograd(*args)
     return call
 
-# %% ../nbs/40_native.ipynb #dacc99a4
+# %% ../nbs/40_native.ipynb #ba129d03
 def _files(*patterns):
     "The files beside torch, then in the CUDA toolkit, that fit one of the patterns."
     places = [torch_folder().parent/'nvidia', torch_folder(), cuda_home()]
@@ -266,7 +268,7 @@ def _text(size, get, program):
     get(program, out)
     return out.raw
 
-# %% ../nbs/40_native.ipynb #8d942a6e
+# %% ../nbs/40_native.ipynb #ccc4e245
 def cubin(
     source:str, # CUDA C++: kernels declared `extern "C" __global__`; no host code, no header of PyTorch
     arch:str,   # Architecture, such as '90'
@@ -285,7 +287,7 @@ def cubin(
         return _text(rtc.nvrtcGetCUBINSize, rtc.nvrtcGetCUBIN, program)
     finally: rtc.nvrtcDestroyProgram(ctypes.byref(program))
 
-# %% ../nbs/40_native.ipynb #bad7f6f8
+# %% ../nbs/40_native.ipynb #41e2abdf
 def needs_nvrtc():
     "None when `Kernels` can be compiled and launched here; else says why not."
     import torch
@@ -307,7 +309,7 @@ def _argument(o):
     if isinstance(o, (int, float)): return ctypes.c_float(o) if isinstance(o, float) else ctypes.c_int64(o)
     return ctypes.c_void_p(o.data_ptr()) if hasattr(o, 'data_ptr') else o
 
-# %% ../nbs/40_native.ipynb #fdce083f
+# %% ../nbs/40_native.ipynb #64f2c425
 class Kernels:
     "The kernels of a CUDA source, compiled by NVRTC for the current GPU when the first is launched."
     def __init__(self,

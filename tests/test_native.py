@@ -150,6 +150,21 @@ def test_library_that_does_not_load(folder, cached, monkeypatch):
     assert 'does not load' in needs_library('cpu', folder)
 
 @gxx
+def test_reasons_add_up(tmp_path):
+    "A library in the wheel that does not load is not the end: the next is built; if that fails too, both reasons are given."
+    package = tmp_path/'deformlit'
+    package.mkdir()
+    (package/'__init__.py').write_text('')
+    shutil.copy(root/'deformlit/native.py', package)
+    toy.make(package/'_kernels')
+    (package/'_cpu.abi3.so').write_bytes(b'no library')
+    code = 'from deformlit.native import needs_library; print(needs_library("cpu"))'
+    ask = lambda **kw: toy.call(tmp_path, code, PYTHONPATH=tmp_path, DEFORMLIT_CACHE=tmp_path/'cache', **kw)[0]
+    why = ask(CXX='no-such++')
+    assert '_cpu.abi3.so does not load' in why and 'no-such++' in why
+    assert ask() == 'None'
+
+@gxx
 def test_missing_source(folder, cached, monkeypatch):
     monkeypatch.setenv('DEFORMLIT_CACHE', str(cached))
     (folder/'kernels/gate.cpp').unlink()
@@ -185,6 +200,29 @@ def test_sanitizer_finds_a_read_past_the_end(tmp_path):
         out, err = p.communicate(timeout=300)
         if past: assert p.returncode != 0 and 'heap-buffer-overflow' in err and 'gate.cpp' in err, err
         else: assert p.returncode == 0 and out.strip() == 'None', err
+
+# ---- the price of a call
+
+@pytest.fixture(scope='module')
+def gate():
+    "The toy as an op with a gradient, by the function to call it by."
+    torch.library.define('toy::gate', '(Tensor a, Tensor b, float t) -> Tensor')
+    return differentiable('toy::gate', lambda g, a, b, t: (g * b * t, g * a * t, None), lambda a, b, t: a * b * t)
+
+@gxx
+def test_boundary(gate, folder, cached, monkeypatch, tell):
+    "A call costs at most 8 microseconds, kernel and result included where no gradient is needed; the least of many, for other tests run at the same time."
+    import timeit
+    monkeypatch.setenv('DEFORMLIT_CACHE', str(cached))
+    assert needs_library('cpu', folder) is None
+    a = torch.ones(2).double()
+    b = a.clone().requires_grad_()
+    assert_close(gate(a, b, .5).detach(), .5 * a)
+    least = lambda f: min(timeit.repeat(f, number=200, repeat=100)) / 200 * 1e6
+    with torch.no_grad(): kernel = least(lambda: torch.neg(a))      # an op of PyTorch's own, with a result of the same size
+    plain, grad = least(lambda: gate(a, a, .5)), least(lambda: gate(a, b, .5))
+    tell(f'a call of a native op: {plain:.1f} us, with a gradient to come {grad:.1f} us (torch.neg: {kernel:.1f} us)')
+    assert plain <= 8 and grad - kernel <= 8
 
 # ---- CUDA, compiled here wherever there is a compiler, run where there is a GPU
 
@@ -261,10 +299,9 @@ def test_launch(header):
     with pytest.raises(RuntimeError, match='cuModuleGetFunction'): k.launch('other', (1, 1, 1), (1, 1, 1))
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not cuda_home(), reason='no GPU, or no nvcc')
-def test_cuda_library(folder, cached, monkeypatch):
+def test_cuda_library(gate, folder, cached, monkeypatch):
     monkeypatch.setenv('DEFORMLIT_CACHE', str(cached))
     assert needs_library('cuda', folder) is None
-    torch.library.define('toy::gate', '(Tensor a, Tensor b, float t) -> Tensor')
     a = torch.arange(1000.).double().cuda()
     assert_close(torch.ops.toy.gate(a, a, .5), .5 * a * a)
 
