@@ -1,8 +1,8 @@
-# Each command does its own set-up, once: a .venv in this folder, made again when pyproject.toml changes.
+# Each command does its own set-up, once: a .venv in this folder, made again when pyproject.toml or setup.py changes.
 #   make PYTHON=/path/to/python3.12 ...   chooses the Python     make train ARGS="--epochs 1"   passes arguments on
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-all docs lab outputs readme clean
+.PHONY: help train test test-all test-sanitize docs lab outputs readme clean
 
 PYTHON ?=
 ARGS ?=
@@ -15,7 +15,7 @@ ALL := .venv/ready-all
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):[^#]*## *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 train: $(RUN) ## train a detector on DigitScenes; pictures and numbers go to runs/digits/
 	$(BIN)/deformlit-train $(ARGS)
@@ -25,6 +25,9 @@ test: $(ALL) ## run every notebook and every test, within 15 minutes on two core
 
 test-all: $(ALL) ## the same, with packaging, browser, slow cells and the oldest torch
 	$(PYTEST) $(ARGS)
+
+test-sanitize: $(ALL) ## run the fuzz tests on a build of the native ops that checks every access
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 docs: $(ALL) ## build the site into docs/_build/html/
 	$(BIN)/python docs/build.py $(ARGS)
@@ -43,5 +46,5 @@ clean: ## remove what was built; keeps .venv and runs/
 	rm -rf _proc _docs docs/_build build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-.venv/ready-%: pyproject.toml
+.venv/ready-%: pyproject.toml setup.py
 	@sh docs/scripts/setup.sh $*

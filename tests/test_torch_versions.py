@@ -2,14 +2,15 @@
 
 Its environment is kept in `.venv-oldest-torch`; `DEFORMLIT_OLDEST_TORCH=/path/to/python` names another that has pytest and the rest.
 """
-import os, re, subprocess, tomllib
+import os, re, shutil, subprocess, sys, tomllib
 from pathlib import Path
 import pytest
+import toy
 from environment import make
 from notebooks import root
 
 pytestmark = pytest.mark.slow
-few = ['tests/test_import.py', 'tests/test_golden.py', 'tests/test_outputs.py::test_notebook[11_multiscale]']
+few = ['tests/test_import.py', 'tests/test_golden.py', 'tests/test_native.py', 'tests/test_outputs.py::test_notebook[11_multiscale]']
 
 def oldest():
     needs = tomllib.loads((root/'pyproject.toml').read_text())['project']['dependencies']
@@ -37,3 +38,14 @@ def test_with_the_oldest_torch(python, tell):
     r = subprocess.run([python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', 'not slow', *here], cwd=root, env=env, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-4000:] + r.stderr[-2000:]
     tell(f'torch {found}: {r.stdout.strip().splitlines()[-1]}')
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler')
+def test_one_library_for_both(python, tmp_path):
+    "The very file that one torch's headers built is loaded and called by the other, both ways round."
+    folder = toy.make(tmp_path/'toy')
+    for i, (maker, user) in enumerate([(sys.executable, python), (python, sys.executable)]):
+        cache = tmp_path/f'cache{i}'
+        assert toy.call(folder, python=maker, DEFORMLIT_CACHE=cache)[0] == 'None'
+        made = [(p, p.stat().st_mtime_ns) for p in cache.rglob('*.so')]
+        assert toy.call(folder, python=user, DEFORMLIT_CACHE=cache) == ('None', '')
+        assert len(made) == 1 and made == [(p, p.stat().st_mtime_ns) for p in cache.rglob('*.so')]

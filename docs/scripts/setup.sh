@@ -2,7 +2,7 @@
 # Makes the environment .venv of this checkout and installs the project into it, editable.
 #   docs/scripts/setup.sh run    what training needs
 #   docs/scripts/setup.sh all    with notebooks, tests and site: the extras of pyproject.toml
-# The Makefile calls it when its stamp, .venv/ready-run or .venv/ready-all, is older than pyproject.toml.
+# The Makefile calls it when its stamp, .venv/ready-run or .venv/ready-all, is older than pyproject.toml or setup.py.
 # A failure says in one sentence what is missing.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
@@ -29,8 +29,8 @@ if ! usable >/dev/null 2>&1; then
     note "making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv || fail "the folder .venv could not be made; the line above says why."
 fi
-command -v cc >/dev/null 2>&1 || command -v gcc >/dev/null 2>&1 ||
-    note "no C compiler (gcc) was found: everything works, but nothing can be compiled for speed."
+command -v "${CXX:-g++}" >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 ||
+    note "no C++ compiler (g++) was found: everything works, but the native ops cannot be built, and the slower ways run instead."
 
 # ---- The packages. pip's log tells the common failures apart.
 explain() {
