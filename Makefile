@@ -2,7 +2,7 @@
 #   make PYTHON=/path/to/python3.12 ...   chooses the Python     make train ARGS="--epochs 1"   passes arguments on
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-all docs lab outputs readme clean
+.PHONY: help train test test-all bench docs lab outputs readme clean
 
 PYTHON ?=
 ARGS ?=
@@ -25,6 +25,11 @@ test: $(ALL) ## run every notebook and every test, within 15 minutes on two core
 
 test-all: $(ALL) ## the same, with packaging, browser, slow cells and the oldest torch
 	$(PYTEST) $(ARGS)
+
+bench: $(ALL) ## measure the ops beside their peers into runs/bench/ and the page made from it (ARGS="--quick": two minutes)
+	$(BIN)/python nbs/bench/bench.py $(ARGS)
+	$(BIN)/python tests/notebooks.py bench/speed
+	$(BIN)/nbdev-clean
 
 docs: $(ALL) ## build the site into docs/_build/html/
 	$(BIN)/python docs/build.py $(ARGS)
