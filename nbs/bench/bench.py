@@ -128,7 +128,8 @@ def choose(name, a, run, entry):
     ranked = {kind: [name for _, name in sorted(rows)] for kind, rows in by_kind.items()}
     made = {**old.get('_made', {}), f"{entry['op']} {a.device}": {o: run[o] for o in ('date', 'machine', 'versions', 'kernels')}}
     old.update({'_made': made, entry['op']: dict(sorted({**old.get(entry['op'], {}), **ranked}.items()))})
-    results.write(a.choices, json.dumps(old, indent=1) + '\n')
+    text = re.sub(r'\[\s+([^\]]*?)\s+\]', lambda m: '[' + ' '.join(m[1].split()) + ']', json.dumps(old, indent=1))      # a ranking on one line
+    results.write(a.choices, text + '\n')
     for kind, ways in ranked.items(): print(f"{entry['op']} {kind}: {' < '.join(ways)}")
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ STALE = '†'
 plain = dict(malloc='default', isa='default')
 
 def ms(x): return f'{x:.3g}' if x < 100 else f'{x:.0f}'
-def times(x): return 'not measured' if x is None else f'{x:.2g}x' if x < 10 else f'{x:.0f}x'
+def times(x): return 'not measured' if x is None else f'{x:.3g}x' if x < 100 else f'{x:.0f}x'
 def percent(x): return f'{100 * x:.0f} %'
 
 def svg():
@@ -83,9 +83,9 @@ class Report:
             for workload, least in goal.items():
                 found = [self.one(implementation=who, direction=direction, workload=workload, points=p) for p in ('near', 'uniform')]
                 got = [o['speedup_over_eager'] for o in found if o and o['speedup_over_eager']]
-                verdict = 'not measured' if not got else 'reached' if min(got) >= least else f'{percent(min(got) / least)} of it'
+                verdict = 'not measured' if not got else 'yes' if min(got) >= least else percent(min(got) / least)
                 rows.append((who, WORDS[direction], workload, f'{least:g}x', *map(self.speedup, found), verdict))
-        return Table(('way', 'direction', 'workload', 'goal', 'near', 'uniform', 'goal is'), rows)
+        return Table(('way', 'direction', 'workload', 'goal', 'near', 'uniform', 'reached'), rows)
 
     @told
     def short(self):
@@ -192,8 +192,8 @@ class Report:
                 mine = sorted((row['at'], row['median_ms']) for row in rows if row['against'] == what and row['implementation'] == who)
                 if mine: ax.plot(*zip(*mine), 'o-', ms=3, lw=1.5, color=colours[who], label=who)
             ticks = sorted({row['at'] for row in rows if row['against'] == what})
-            ax.set(xscale='log', yscale='log', xlabel=what, ylabel='ms')
-            ax.set_xticks(ticks, ticks); ax.minorticks_off()
+            ax.set(xscale='log', yscale='log', xlabel=what, ylabel='ms', ylim=(.7 * min(o['median_ms'] for o in rows), 1.5 * max(o['median_ms'] for o in rows)))
+            ax.set_xticks(ticks, ticks); ax.set_xticks([], minor=True)
         axes[0].legend(fontsize=8)
         axes[0].figure.suptitle(f'{WORDS[direction]}, ms', color=INK, fontsize=10)
         return axes[0].figure
@@ -211,13 +211,13 @@ class Report:
         for i, who in enumerate(names):
             got = {(row['workload'], row['direction']): row['peak_mb'] for row in rows if row['implementation'] == who}
             ax.bar([j + i * .8 / len(names) for j, case in enumerate(cases) if case in got], [got[o] for o in cases if o in got], .8 / len(names), color=colours[who], label=who)
-        ax.set(yscale='log', ylabel='MB beyond the inputs', title='peak memory')
-        ax.set_xticks([j + .4 - .4 / len(names) for j in range(len(cases))], [f'{w}\n{d}' for w, d in cases], fontsize=8)
-        ax.legend(fontsize=8)
+        ax.set(yscale='log', ylabel='MB beyond the inputs', title='peak memory', ylim=(None, 12 * max(row['peak_mb'] for row in rows)))
+        ax.set_xticks([j + .4 - .4 / len(names) for j in range(len(cases))], [w + '\n' + d.replace('_', '\n') for w, d in cases], fontsize=8)
+        ax.legend(fontsize=8, ncols=2, loc='upper center')
         if shares:
             for i, (direction, colour) in enumerate((('forward', COLOURS[2]), ('forward + backward', COLOURS[1]))):
                 axes[1].barh([j + .4 * i for j in range(len(shares))], [100 * (o[1][i] or 0) for o in shares], .38, color=colour, label=direction)
             axes[1].set_yticks([j + .2 for j in range(len(shares))], [o[0] for o in shares], fontsize=8)
             axes[1].set(xlabel='% of the gather bound', title="'native' beside its limit")
-            axes[1].invert_yaxis(); axes[1].legend(fontsize=8)
+            axes[1].set_ylim(len(shares) - .3, -1.1); axes[1].legend(fontsize=8, ncols=2, loc='upper right')
         return ax.figure
