@@ -20,31 +20,33 @@ def say(*words): print(*words, file=sys.stderr, flush=True)
 
 # ---- what can run ---------------------------------------------------------------------------------------------------
 
-def prepare(entry, name, args, leaves=None):
+def prepare(entry, name, args):
     "Implementation `name` and its arguments, float tensors as leaves that take gradients. Raises `Missing`."
-    if name in entry.peers: f, args = entry.peers[name](args)
-    else:
-        def f(*args):
-            with backend(name, entry.op): out = entry.ours(*args)
-            assert entry.handle.ran == name, f"asked for '{name}', but '{entry.handle.ran}' ran"
-            return out
+    f, args = entry.peers[name](args) if name in entry.peers else (entry.ours, args)
     return f, [o.detach().requires_grad_() if isinstance(o, torch.Tensor) and o.is_floating_point() else o for o in args]
 
 class Call:
     "One implementation on its arguments. `call(direction)` gives seconds for one go on the CPU."
     def __init__(self, entry, name, args):
-        self.name, (self.f, self.args) = name, prepare(entry, name, args)
+        self.entry, self.name, (self.f, self.args) = entry, name, prepare(entry, name, args)
         self.wrt = [o for o in self.args if isinstance(o, torch.Tensor) and o.requires_grad]
+    @contextlib.contextmanager
+    def way(self):
+        "Within the block our way is the one asked for; at its end, it is the one that ran. Around many goes, so that it is in no time."
+        if self.name in self.entry.peers: yield; return
+        with backend(self.name, self.entry.op): yield
+        ran = self.entry.handle.ran
+        assert ran == self.name, f"asked for '{self.name}', but '{ran}' ran"
     def forward(self):
-        with torch.no_grad(): return self.f(*self.args)
+        with torch.no_grad(), self.way(): return self.f(*self.args)
     def both(self, grad=None):
-        out = self.f(*self.args)
+        with self.way(): out = self.f(*self.args)
         return out, torch.autograd.grad(out, self.wrt, torch.ones_like(out) if grad is None else grad)
     def once(self, direction): return self.forward() if direction == 'fwd' else self.both()
     def seconds(self, direction, goes=1):
         "The mean of a few goes, each with its own forward pass if the backward pass alone is measured."
         now, total = time.perf_counter, 0.
-        with torch.set_grad_enabled(direction != 'fwd'):
+        with torch.set_grad_enabled(direction != 'fwd'), self.way():
             if not hasattr(self, 'ones'): self.ones = torch.ones_like(self.f(*self.args))
             for _ in range(goes):
                 a = now(); out = self.f(*self.args); b = now()
