@@ -215,7 +215,7 @@ def test_report(entry, tmp_path):
     r = report.Report('multiscale', folder=tmp_path, kernels='aa')
     line = next(o for o in r.goals().rows if o[:3] == ('native', 'forward', 'enc'))
     assert line[3:] == ('60x', '70x', '30x', '50 %')
-    assert any('30x as fast' in o and 'uniform' in o for o in r.short()) and 'output + 10 %: reached' in repr(r.memory())
+    assert any('30x as fast' in o and 'uniform' in o for o in r.short()) and 'output + 10 %: yes' in repr(r.memory())
     assert report.STALE not in repr(r.goals()) + repr(r.stale()) and report.STALE in repr(report.Report('multiscale', folder=tmp_path, kernels='bb').goals())
     empty = report.Report('multiscale', folder=tmp_path/'none')
     for f in (empty.about, empty.goals, empty.short, empty.times, empty.memory, empty.limits, empty.bars, empty.against): assert 'make bench' in repr(f())

@@ -39,18 +39,21 @@ class Call:
         assert ran == self.name, f"asked for '{self.name}', but '{ran}' ran"
     def forward(self):
         with torch.no_grad(), self.way(): return self.f(*self.args)
+    @functools.cached_property
+    def ones(self): return torch.ones_like(self.forward())      # the gradient of the output is an input: made before anything is measured
     def both(self, grad=None):
+        grad = self.ones if grad is None else grad
         with self.way(): out = self.f(*self.args)
-        return out, torch.autograd.grad(out, self.wrt, torch.ones_like(out) if grad is None else grad)
+        return out, torch.autograd.grad(out, self.wrt, grad)
     def once(self, direction): return self.forward() if direction == 'fwd' else self.both()
     def seconds(self, direction, goes=1):
         "The mean of a few goes, each with its own forward pass if the backward pass alone is measured."
         now, total = time.perf_counter, 0.
+        grad = self.ones if direction != 'fwd' else None
         with torch.set_grad_enabled(direction != 'fwd'), self.way():
-            if not hasattr(self, 'ones'): self.ones = torch.ones_like(self.f(*self.args))
             for _ in range(goes):
                 a = now(); out = self.f(*self.args); b = now()
-                if direction != 'fwd': torch.autograd.grad(out, self.wrt, self.ones)
+                if direction != 'fwd': torch.autograd.grad(out, self.wrt, grad)
                 del out
                 total += dict(fwd=b - a, bwd=now() - b, fwd_bwd=now() - a)[direction]
         return total / goes
@@ -130,8 +133,7 @@ def cuda_plans(found, case, left_out):
     if case['direction'] == 'bwd': return {}
     plans = dict(eager={}, graph={})
     for o in found:
-        ones = torch.ones_like(o.forward())
-        work = o.forward if case['direction'] == 'fwd' else functools.partial(o.both, ones)
+        work = o.forward if case['direction'] == 'fwd' else functools.partial(o.both, o.ones)
         plans['eager'][o.name] = on_cuda(work)
         try: plans['graph'][o.name] = on_cuda(captured(work))
         except RuntimeError as e:       # something in it copies from the host, or waits for it
