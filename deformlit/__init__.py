@@ -13,7 +13,7 @@ __version__ = "0.0.1"
 
 # %% ../nbs/index.ipynb #812e909f
 _names = dict(
-    core='ArgumentError backend backends',
+    core='ArgumentError backend backends debug',
     show='show_points',
     multiscale='MSDeformAttn ms_deform_attn',
     deformable_detr='DeformableDETR RefiningHeads',

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['LETTERS', 'WAYS', 'Table', 'ArgumentError', 'describe', 'check', 'fails', 'check_shape', 'check_float',
            'check_same_device', 'BackendError', 'BackendWarning', 'Ways', 'Op', 'backend', 'compile_lazily',
-           'needs_compiler', 'Backends', 'backends', 'assert_close']
+           'needs_compiler', 'ranking', 'Backends', 'backends', 'debugging', 'debug', 'has_values', 'check_values',
+           'assert_close']
 
 # %% ../nbs/00_core.ipynb #f60e8b8d
-import contextlib, functools, os, shutil, warnings
+import contextlib, functools, importlib, json, os, shutil, warnings
+from importlib.resources import files
 import torch
 from torch.testing import assert_close
 _all_ = ['assert_close']
@@ -121,6 +123,7 @@ def check_same_device(
 # %% ../nbs/00_core.ipynb #f0adca1a
 WAYS = ('loop', 'eager', 'compiled', 'native')
 _ops, _forced, _said = {}, [], set()
+_unwritten = 'not written for this op'
 
 class BackendError(RuntimeError): "A backend was asked for and cannot run here, or none can; says why."
 class BackendWarning(UserWarning): "An op runs in a slower way than it could; said once for each op and way."
@@ -128,9 +131,13 @@ class BackendWarning(UserWarning): "An op runs in a slower way than it could; sa
 # %% ../nbs/00_core.ipynb #b16802a1
 def _constant(f):
     "`f`, called by `torch.compile` once while tracing instead of being traced."
+    @functools.wraps(f)
     def asked(*args): return f(*args)
     asked._dynamo_marked_constant = True
     return asked
+
+@_constant
+def _cannot(op, way): return _ops[op].cannot(way)
 
 @_constant
 def _say(op, way, why):
@@ -142,47 +149,67 @@ def _say(op, way, why):
 # %% ../nbs/00_core.ipynb #905c253d
 class Ways:
     "The ways to run an operation, by name."
-    def __init__(self): self.ways, self.needs, self.fits = {}, {}, {}
+    def __init__(self, name, native=None):
+        self.name, self.native = name, native
+        self.ways, self.needs, self.fits, self.known = {}, {}, {}, {}
     def way(self,
         name:str,   # One of `WAYS`
-        needs=None, # `needs()` is None, or says why this way cannot run here; asked at each call, so it should remember its answer
-        fits=None,  # `fits(*args)` is None, or says why this way cannot take these arguments
+        needs=None, # `needs()` is None, or says why this way cannot run here; asked when it first matters, and by `backends`
+        fits=None,  # `fits(*args)` is None, or says why this way cannot take these arguments; asked at each call
     ):
         "Decorator: register a function as way `name`."
         check(name in WAYS, 'name', repr(name), f"one of {', '.join(WAYS)}")
         def _f(f):
-            self.ways[name], self.needs[name], self.fits[name] = f, needs and _constant(needs), fits
+            self.ways[name], self.needs[name], self.fits[name] = f, needs, fits
+            self.known.clear()
             return f
         return _f
+    def cannot(self, name:str):
+        "Ask now: None if way `name` can run on this machine, else the reason. The answer is kept."
+        if name == 'native' and name not in self.ways and self.native: _import(self.native)
+        why = _unwritten if name not in self.ways else self.needs[name] and self.needs[name]()
+        self.known[name] = why or None
+        return self.known[name]
     def why_not(self, name:str, *args):
         "None if way `name` can run here (and take `args`, if there are any), else the reason."
-        if name not in self.ways: return 'not written for this op'
-        needs, fits = self.needs[name], self.fits[name]
-        why = needs() if needs else None
-        return fits(*args) if why is None and fits and args else why
+        if torch.compiler.is_compiling(): why = _cannot(self.name, name)
+        else: why = self.known[name] if name in self.known else self.cannot(name)
+        if why or not args or self.fits[name] is None: return why
+        return self.fits[name](*args)
+
+# %% ../nbs/00_core.ipynb #304b9ce0
+def _import(module):
+    "Import a module of this package; quietly not, if there is none of that name."
+    try: importlib.import_module('deformlit.' + module)
+    except ModuleNotFoundError as e:
+        if e.name != 'deformlit.' + module: raise
 
 # %% ../nbs/00_core.ipynb #ef0fa5ff
 class Op(Ways):
     "An operation with several ways to run it; call it like a function."
     def __init__(self,
-        name:str,              # Name of the op, for `backend`, `backends` and messages
-        auto:tuple=('eager',), # The ways tried when none is asked for, best first
+        name:str,        # Name of the op, for `backend`, `backends` and messages
+        auto=('eager',), # The ways tried when none is asked for, best first; or a function of the arguments (or of none) that gives them
+        native:str=None, # Name of the module of this package that registers way 'native', imported when first asked about
     ):
-        super().__init__()
-        self.name, self.auto, self.ran = name, tuple(auto), None
+        super().__init__(name, native)
+        self.auto, self.ran = auto if callable(auto) else tuple(auto), None
         _ops[name] = self
+    def order(self, *args) -> tuple:
+        "The ways that are tried for these arguments when none is asked for, best first."
+        return self.auto(*args) if callable(self.auto) else self.auto
     def plan(self, *args) -> tuple:
-        "The way that will run, and what stands against the others; the way is None if none can."
-        for name, ops in reversed(_forced):
+        "The way that will run, and what stands against the better ones; the way is None if none can."
+        for name, ops in reversed(_forced) if _forced else ():
             if ops and self.name not in ops: continue
             why = self.why_not(name, *args)
             return (None, f"'{name}' was asked for and cannot run: {why}") if why else (name, '')
-        against = []
-        for name in self.auto:
+        against = {}
+        for name in self.order(*args):
             why = self.why_not(name, *args)
-            if why is None: return name, '; '.join(against)
-            against.append(f"no '{name}': {why}")
-        return None, '; '.join(against)
+            if why is None: return name, '; '.join(f"no '{o}': {why}" for o, why in against.items() if why != _unwritten) if against else ''
+            against[name] = why
+        return None, '; '.join(f"no '{o}': {why}" for o, why in against.items())
     def __call__(self, *args):
         way, against = self.plan(*args)
         if way is None: raise BackendError(f'{self.name}: {against}')
@@ -223,16 +250,34 @@ def needs_compiler():
     cxx = os.environ.get('CXX', 'g++')
     return None if shutil.which(cxx) else f'no C++ compiler: `{cxx}` is not on the path'
 
+# %% ../nbs/00_core.ipynb #b79543f4
+@functools.cache
+def _choices():
+    path = files('deformlit')/'choices.json'
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+@_constant
+def ranking(
+    op:str,        # Name of the op
+    kind:str,      # Kind of input, as the bench writes it, such as `'cpu forward 1e6'`
+    default:tuple, # The order where nothing was measured; its ways also follow those measured
+) -> tuple:        # Names of ways, fastest first
+    "The order in which the ways of an op are tried for one kind of input, as the bench measured it."
+    found = _choices().get(op, {}).get(kind, ())
+    return *found, *(o for o in default if o not in found)
+
 # %% ../nbs/00_core.ipynb #f3b1225b
 class Backends(dict):
     "By op and way: 'can run', or why not. Prints as a table."
     def __init__(self, ops, args):
+        for o in ops: o.known.clear()   # ask again
         super().__init__({o.name: {way: o.why_not(way, *args) or 'can run' for way in WAYS} for o in ops})
+        self.orders = {o.name: o.order(*args) for o in ops}
         self.plans = {o.name: o.plan(*args) for o in ops}
         self.ran = {o.name: o.ran for o in ops}
     def table(self):
-        rows = [(op, *ways.values(), self.plans[op][0] or 'none: ' + self.plans[op][1], self.ran[op] or 'not yet') for op, ways in self.items()]
-        return Table(('op', *WAYS, 'will run', 'ran last'), rows)
+        rows = [(op, *ways.values(), ', '.join(self.orders[op]), self.plans[op][0] or 'none: ' + self.plans[op][1], self.ran[op] or 'not yet') for op, ways in self.items()]
+        return Table(('op', *WAYS, 'tried in order', 'will run', 'ran last'), rows)
     def __repr__(self): return repr(self.table())
     def _repr_markdown_(self): return self.table()._repr_markdown_()
 
@@ -243,3 +288,45 @@ def backends(
     "For each op: which ways can run here, which will, which ran last, and why not the others."
     if op is not None: check(op in _ops, 'op', repr(op), f"the name of an op: {', '.join(_ops)}")
     return Backends(list(_ops.values()) if op is None else [_ops[op]], args)
+
+# %% ../nbs/00_core.ipynb #2715c7a0
+_debug = [os.environ.get('DEFORMLIT_DEBUG', '') not in ('', '0')]
+
+def debugging() -> bool:
+    "Whether functions look at the values they get: within `debug`, or everywhere with DEFORMLIT_DEBUG=1 in the environment."
+    return _debug[-1]
+
+@contextlib.contextmanager
+def debug(
+    on:bool=True, # False: within the block, do not look
+):
+    "Within the block functions also look at values, and say which number is wrong. Slow; a GPU is waited for."
+    _debug.append(on)
+    try: yield
+    finally: _debug.pop()
+
+# %% ../nbs/00_core.ipynb #5b4169a3
+def has_values(
+    *tensors,
+) -> bool:
+    "Whether there are plain numbers to look at: not while a model is traced or exported, nor in fake tensors or under `torch.func`'s transforms."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None: return False
+    return not torch._C._len_torch_dispatch_stack() and all(type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not x.is_meta for x in tensors)
+
+def check_values(
+    argument:str,          # Name of the argument
+    x,                     # The tensor
+    pattern:str,           # Letters of its axes, such as `'b q n l k 2'`; numbers at the end are shown together
+    bad=None,              # True where a number is wrong, with the first axes of `x` or all; default: where it is not finite
+    expected:str='finite numbers',
+):
+    "Raise `ArgumentError` that says where the first wrong number is, and how many there are. It looks at values, so call it in `debug`."
+    x = x.detach()
+    bad = ~x.isfinite() if bad is None else bad
+    number = int(bad.sum())
+    if not number: return
+    letters = [o for o in pattern.split() if not o.isdigit()]
+    at = bad.nonzero()[0].tolist()[:len(letters)]
+    place = ', '.join(f'{letter}={i}' for letter, i in zip(letters, at))
+    found = ', '.join(f'{o:.4g}' for o in x[tuple(at)].flatten().tolist())
+    raise ArgumentError(argument, f'{argument}[{place}] = {found}, the first of {number} such', expected)

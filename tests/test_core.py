@@ -1,5 +1,5 @@
 "Checks, errors and the choice of a backend: what is slow, or too dull for the page."
-import pickle, time, warnings
+import importlib.util, os, pickle, subprocess, sys, time, timeit, warnings
 import numpy as np, pytest, torch
 from deformlit import core
 from deformlit.core import *
@@ -74,10 +74,132 @@ def test_order_and_reasons(op):
     assert op.why_not('loop') is None and op.why_not('compiled', torch.ones(2, dtype=torch.long), 2) == 'floats only'
 
 def test_warns_once(op):
+    op.way('native', needs=lambda: 'not built')(lambda x, a: x * a)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         for _ in range(3): op(torch.ones(2), 2)
     assert [o.category for o in said] == [BackendWarning] and "test_op runs as 'eager'" in str(said[0].message) and said[0].filename == __file__
+
+def test_unwritten_ways_are_no_complaint(op):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        op(torch.ones(2), 2)
+    assert op.ran == 'eager' and op.plan() == ('eager', '') and backends('test_op')['test_op']['native'] == 'not written for this op'
+
+def test_needs_is_asked_once_and_by_backends(op):
+    asked = []
+    op.way('native', needs=lambda: asked.append(1) or (None if len(asked) > 1 else 'not yet'))(lambda x, a: x * a)
+    core._said.add(('test_op', 'eager'))
+    for _ in range(3): op(torch.ones(2), 2)
+    assert len(asked) == 1 and op.ran == 'eager'
+    assert backends('test_op').plans['test_op'] == ('native', '') and len(asked) == 2
+    op(torch.ones(2), 2)
+    assert op.ran == 'native' and len(asked) == 2
+
+@pytest.fixture
+def late(monkeypatch):
+    "A module of the package that registers a native way when it is imported."
+    name = 'deformlit.late_kernel'
+    class Finder:
+        def find_spec(self, full, path=None, target=None):
+            return importlib.util.spec_from_loader(full, self) if full == name else None
+        def create_module(self, spec): return None
+        def exec_module(self, module): self.run()
+    finder = Finder()
+    finder.loaded = lambda: name in sys.modules
+    monkeypatch.setattr(sys, 'meta_path', [finder, *sys.meta_path])
+    yield finder
+    sys.modules.pop(name, None)
+
+@pytest.mark.parametrize('how', ['call', 'force', 'backends', 'compile'])
+def test_native_module_is_imported_when_asked_about(op, late, how):
+    op = Op('test_late', auto=('native', 'eager'), native='late_kernel')
+    op.way('eager')(lambda x: x + 0)
+    late.run = lambda: op.way('native')(lambda x: x * 1)
+    assert not late.loaded()
+    x = torch.ones(2)
+    if how == 'call': op(x)
+    if how == 'force':
+        with backend('native'): op(x)
+    if how == 'backends': assert backends()['test_late']['native'] == 'can run'
+    if how == 'compile':
+        torch._dynamo.reset()
+        f = torch.compile(lambda x: op(x) + op(x), backend='eager', fullgraph=True)
+        for _ in range(2): f(x)
+    assert late.loaded() and (op.ran == 'native' or how == 'backends')
+
+def test_native_module_missing_or_broken(op, late):
+    absent = Op('test_absent', auto=('native', 'eager'), native='nobody_wrote_it')
+    absent.way('eager')(lambda x: x)
+    absent(1)
+    assert absent.ran == 'eager' and absent.why_not('native') == 'not written for this op'
+    broken = Op('test_broken', auto=('native', 'eager'), native='late_kernel')
+    broken.way('eager')(lambda x: x)
+    def run(): import no_such_module_of_others
+    late.run = run
+    with pytest.raises(ModuleNotFoundError, match='no_such_module_of_others'): broken(1)
+
+@pytest.mark.parametrize('how', [None, 'eager'])
+def test_order_by_arguments(op, how):
+    op.auto = lambda x=None, a=None: ('loop', 'eager') if x is not None and x.shape[0] < 3 else ('eager', 'loop')
+    torch._dynamo.reset()
+    f = torch.compile(lambda x: op(x, 2), backend=how, fullgraph=True, dynamic=False) if how else lambda x: op(x, 2)
+    f(torch.ones(2)); assert op.ran == 'loop'
+    f(torch.ones(5)); assert op.ran == 'eager'
+    assert op.plan() == ('eager', '') and backends('test_op', torch.ones(2), 2).plans['test_op'] == ('loop', '')
+    assert backends('test_op', torch.ones(2), 2).orders['test_op'] == ('loop', 'eager') and 'loop, eager' in repr(backends('test_op', torch.ones(2), 2))
+
+def test_ranking(monkeypatch, tmp_path):
+    monkeypatch.setattr(core, 'files', lambda package: tmp_path)
+    core._choices.cache_clear()
+    assert ranking('op', 'cpu forward 1e3', ('native', 'eager')) == ('native', 'eager')
+    core._choices.cache_clear()
+    (tmp_path/'choices.json').write_text('{"op": {"cpu forward 1e3": ["compiled", "eager"]}}')
+    assert ranking('op', 'cpu forward 1e3', ('native', 'eager')) == ('compiled', 'eager', 'native')
+    (tmp_path/'choices.json').unlink()   # read once
+    assert ranking('op', 'cpu forward 1e3', ('native', 'eager')) == ('compiled', 'eager', 'native')
+    assert ranking('op', 'cpu forward 1e4', ('eager',)) == ranking('nobody', 'cpu forward 1e3', ('eager',)) == ('eager',)
+    f = torch.compile(lambda x: x + len(ranking('op', 'cpu forward 1e3', ('native',))), backend='eager', fullgraph=True)
+    assert_close(f(torch.zeros(1)), torch.full((1,), 3.))
+    core._choices.cache_clear()
+
+def test_a_call_is_cheap(op):
+    op.way('native')(lambda x, a: x)
+    x = torch.ones(2)
+    op(x, 2)
+    assert min(timeit.repeat(lambda: op(x, 2), number=2000, repeat=15)) / 2000 < 8e-6   # about one; other work may run beside it
+
+def test_debug_by_environment():
+    for value, on in (('1', True), ('0', False), ('', False)):
+        r = subprocess.run([sys.executable, '-c', 'from deformlit.core import debugging; print(debugging())'], env={**os.environ, 'DEFORMLIT_DEBUG': value}, capture_output=True, text=True)
+        assert r.stdout.strip() == str(on), r.stderr
+
+def test_debug_nests_and_ends():
+    with debug():
+        with debug(False): assert not debugging()
+        assert debugging()
+    with pytest.raises(ZeroDivisionError), debug(): 1 / 0
+    assert not debugging()
+
+def test_check_values():
+    x = torch.ones(2, 3, 2)
+    check_values('x', x, 'q k 2')
+    check_values('x', x[:0], 'q k 2')
+    x[1, 2, 0] = x[1, 1, 1] = float('nan')
+    with pytest.raises(ArgumentError, match=r'`x`: expected finite numbers, got x\[q=1, k=1\] = 1, nan, the first of 2 such'): check_values('x', x.requires_grad_(), 'q k 2')
+    with pytest.raises(ArgumentError, match=r'expected small ones, got y\[q=0\] = 5, the first of 1 such'): check_values('y', torch.tensor([5, 1]), 'q', torch.tensor([True, False]), 'small ones')
+
+def test_has_values():
+    x = torch.ones(2)
+    assert has_values(x, torch.nn.Parameter(x)) and not has_values(x, x.to('meta'))
+    seen = []
+    def f(x): seen.append(has_values(x)); return x * 2
+    torch.func.vmap(f)(x); torch.func.grad(lambda x: f(x).sum())(x); torch.jit.trace(f, x, check_trace=False); torch.fx.experimental.proxy_tensor.make_fx(f)(x)
+    torch._dynamo.reset()
+    torch.compile(f, backend='eager')(x)
+    with torch._subclasses.FakeTensorMode() as mode: fake = mode.from_tensor(x); f(fake)
+    f(fake)
+    assert not any(seen) and len(seen) >= 7
 
 def test_first_way_is_silent(op):
     op.way('native')(lambda x, a: x * a)

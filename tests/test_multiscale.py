@@ -1,15 +1,25 @@
 """Multi-scale deformable attention: every way against the loop and against the official code's numbers; bad input; tracing."""
-import json, os
+import contextlib, json, os, timeit
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from deformlit import multiscale
-from deformlit.core import ArgumentError, BackendError, assert_close, backend, needs_compiler
+from deformlit import core, multiscale
+from deformlit.core import ArgumentError, BackendError, assert_close, backend, debug, needs_compiler
 from deformlit.multiscale import *
 
 golden = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).resolve().parents[1].parent/'shared'/'golden'/'A'))
 compiled = pytest.param('compiled', marks=[pytest.mark.slow, pytest.mark.skipif(needs_compiler() is not None, reason=str(needs_compiler()))])
-ways = pytest.mark.parametrize('way', ['loop', 'eager', compiled])
+ways = pytest.mark.parametrize('way', ['loop', 'eager', 'bags', compiled])
+
+@contextlib.contextmanager
+def by(way):
+    "Run by `way`; 'eager' is here the grid form, 'bags' the other eager form. Asserts that it ran, if the op did."
+    pay, multiscale._rows_pay, multiscale._msda.ran = multiscale._rows_pay, lambda *args: way == 'bags', None
+    name = 'eager' if way == 'bags' else way
+    try:
+        with backend(name): yield
+    finally: multiscale._rows_pay = pay
+    assert multiscale._msda.ran in (name, None)
 
 def inputs(b=2, shapes=((3, 5), (2, 2)), n=2, d=3, q=4, k=3, dtype=torch.float64, seed=0):
     "Value, shapes, points (a third outside) and weights."
@@ -21,8 +31,8 @@ def inputs(b=2, shapes=((3, 5), (2, 2)), n=2, d=3, q=4, k=3, dtype=torch.float64
 def run(way, value, shapes, points, weights, mix=None):
     "Output and gradients by `way`; asserts that it ran."
     args = [o.detach().requires_grad_() for o in (value, points, weights)]
-    with backend(way): out = ms_deform_attn(args[0], shapes, *args[1:])
-    assert multiscale._msda.ran == way
+    with by(way): out = ms_deform_attn(args[0], shapes, *args[1:])
+    assert multiscale._msda.ran == ('eager' if way == 'bags' else way)
     if mix is None: mix = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
     return out, *torch.autograd.grad((out * mix).sum(), args)
 
@@ -31,7 +41,7 @@ def agree(way, *args, **kw):
     for a, b in zip(got, want): assert_close(a, b, **kw)
     return got
 
-others = pytest.mark.parametrize('way', ['eager', compiled])
+others = pytest.mark.parametrize('way', ['eager', 'bags', compiled])
 
 # ---- all ways agree
 
@@ -48,8 +58,8 @@ def test_sizes(way, case):
 def test_nothing_to_do(way, q, b):
     value, shapes, points, weights = inputs(q=q, b=b)
     args = [o.requires_grad_() for o in (value, points, weights)]
-    with backend(way): out = ms_deform_attn(value, shapes, points, weights)
-    assert multiscale._msda.ran == way and out.shape == (b, q, 6)
+    with by(way): out = ms_deform_attn(value, shapes, points, weights)
+    assert multiscale._msda.ran and out.shape == (b, q, 6)
     for g, o in zip(torch.autograd.grad(out.sum(), args), args): assert_close(g, torch.zeros_like(o))
 
 @others
@@ -90,7 +100,7 @@ def test_float32(way):
 def test_half(way, dtype):
     "Half values with float32 points are read in float32 and rounded once."
     value, shapes, points, weights = inputs(dtype=torch.float32)
-    with backend(way): out = ms_deform_attn(value.to(dtype), shapes, points, weights)
+    with by(way): out = ms_deform_attn(value.to(dtype), shapes, points, weights)
     with backend('loop'): want = ms_deform_attn(value.to(dtype).double(), shapes, points, weights)
     assert out.dtype == dtype and want.dtype == torch.float64
     assert_close(out.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)
@@ -101,53 +111,138 @@ def test_some_gradients(way):
     value, shapes, points, weights = inputs()
     for i in range(3):
         args = [o.detach().requires_grad_(i == j) for j, o in enumerate((value, points, weights))]
-        with backend(way): got, = torch.autograd.grad(ms_deform_attn(args[0], shapes, *args[1:]).sum(), args[i])
+        with by(way): got, = torch.autograd.grad(ms_deform_attn(args[0], shapes, *args[1:]).sum(), args[i])
         with backend('loop'): want, = torch.autograd.grad(ms_deform_attn(args[0], shapes, *args[1:]).sum(), args[i])
         assert_close(got, want)
 
 @ways
 def test_gradcheck(way):
     value, shapes, points, weights = inputs(b=1, shapes=((2, 3), (1, 2)), n=1, d=2, q=2, k=1)
-    with backend(way): assert torch.autograd.gradcheck(lambda v, p, w: ms_deform_attn(v, shapes, p, w), [o.requires_grad_() for o in (value, points, weights)])
-    assert multiscale._msda.ran == way
+    with by(way): assert torch.autograd.gradcheck(lambda v, p, w: ms_deform_attn(v, shapes, p, w), [o.requires_grad_() for o in (value, points, weights)])
+    assert multiscale._msda.ran
 
 @others
 def test_gradgradcheck(way):
     value, shapes, points, weights = inputs(b=1, shapes=((2, 3), (1, 2)), n=1, d=2, q=2, k=1)
-    with backend(way): assert torch.autograd.gradgradcheck(lambda v, p, w: ms_deform_attn(v, shapes, p, w), [o.requires_grad_() for o in (value, points, weights)])
+    with by(way): assert torch.autograd.gradgradcheck(lambda v, p, w: ms_deform_attn(v, shapes, p, w), [o.requires_grad_() for o in (value, points, weights)])
 
 def test_compiled_without_compiling():
     "The arithmetic of the compiled way, run plainly, is the loop's, gradients by hand included."
     value, shapes, points, weights = inputs(n=3, d=4)
     want, to_value, to_points, to_weights = run('loop', value, shapes, points, weights)
-    p, a, w, h, first = multiscale._flat(value, shapes, points, weights)
-    numbers, shares = multiscale._bags(p, a, w, h, first, 3)
-    table, flat = value.reshape(-1, 4), numbers.flatten(0, 1).flatten(1)
+    table, flat = multiscale._flat(value, shapes, points, weights)
+    numbers, shares = multiscale._bags(*flat)
     assert_close(multiscale._read(table, numbers, shares).view(want.shape), want)
     mix = torch.randn(want.shape, dtype=want.dtype, generator=torch.Generator().manual_seed(9)).view(-1, 4)
-    assert_close(multiscale._scatter(torch.zeros_like(table), flat, shares.view_as(flat), mix).view(value.shape), to_value)
-    got = multiscale._slopes(p, a, w, h, multiscale._dots(table, flat, mix).view(numbers.shape))
+    assert_close(multiscale._scatter(table, numbers, shares, mix).view(value.shape), to_value)
+    got = multiscale._slopes(*flat, multiscale._gather_dots(table, numbers, mix))
     assert_close(got[0].view(points.shape), to_points); assert_close(got[1].view(weights.shape), to_weights)
 
 @others
-def test_nan_shows(way):
-    "A point that is NaN makes its own head's reading NaN and no other; the loop refuses it."
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+def test_nan_shows(way, bad):
+    "A point that is not finite makes its own head's reading NaN and no other; the loop refuses it."
     value, shapes, points, weights = inputs()
-    points[1, 2, 1, 0, 0, 0] = float('nan')
-    with backend(way): out = ms_deform_attn(value, shapes, points, weights)
+    points[1, 2, 1, 0, 0, 0] = bad
+    with by(way): out = ms_deform_attn(value, shapes, points, weights)
     want = torch.zeros(2, 4, 2, 3, dtype=torch.bool)
     want[1, 2, 1] = True
     assert (out.isnan() == want.flatten(2)).all()
-    with backend('loop'), pytest.raises(ArgumentError, match='finite'): ms_deform_attn(value, shapes, points, weights)
+    with by('loop'), pytest.raises(ArgumentError, match='finite'): ms_deform_attn(value, shapes, points, weights)
 
-def test_choice(monkeypatch):
-    "Eager by itself; compiled only when asked, and refused with the reason where there is no compiler."
+@pytest.fixture
+def op(monkeypatch):
+    "The op with a native way that only counts; ways, answers and measured orders are put back afterwards."
+    op, calls = multiscale._msda, []
+    for o in ('ways', 'needs', 'fits', 'known'): monkeypatch.setattr(op, o, dict(getattr(op, o)))
+    def native(value, shapes, points, weights):
+        calls.append((value.dtype, points.dtype, weights.dtype))
+        return ms_deform_attn_loop(value.to(points.dtype), shapes, points, weights).to(value.dtype)
+    op.way('native')(native)
+    op.calls = calls
+    yield op
+    del op.calls
+    core._choices.cache_clear(); multiscale._order.cache_clear()
+
+def test_choice(op):
+    "Native if it can, else eager; compiled only when asked, and refused with the reason where there is no compiler."
     args = inputs()
     ms_deform_attn(*args)
-    assert multiscale._msda.ran == 'eager'
-    monkeypatch.setitem(multiscale._msda.needs, 'compiled', lambda: 'no C++ compiler')
+    assert op.ran == 'native'
+    op.way('native', needs=lambda: 'not built')(op.ways['native'])
+    op.way('compiled', needs=lambda: 'no C++ compiler')(op.ways['compiled'])
+    with pytest.warns(core.BackendWarning) if ('ms_deform_attn', 'eager') not in core._said else contextlib.nullcontext(): ms_deform_attn(*args)
+    assert op.ran == 'eager'
     with backend('compiled'), pytest.raises(BackendError, match='no C\\+\\+ compiler'): ms_deform_attn(*args)
-    with backend('native'), pytest.raises(BackendError, match='native'): ms_deform_attn(*args)
+    with backend('native'), pytest.raises(BackendError, match='not built'): ms_deform_attn(*args)
+
+def test_measured_order(op, monkeypatch):
+    "The bench's order for inputs of this kind; the default's ways follow it."
+    value, shapes, points, weights = inputs(dtype=torch.float32)   # 144 points
+    measured = {'ms_deform_attn': {'cpu forward 1e1': ['loop'], 'cpu forward+backward 1e1': ['eager', 'native'], 'cpu forward 1e2': ['eager']}}
+    monkeypatch.setattr(core, '_choices', lambda: measured)
+    multiscale._order.cache_clear()
+    def ran(value, points, weights):
+        ms_deform_attn(value, shapes, points, weights)
+        return op.ran
+    assert weights.numel() == 96
+    assert ran(value, points, weights) == 'loop' and ran(value.clone().requires_grad_(), points, weights) == 'eager'
+    with torch.no_grad(): assert ran(value.clone().requires_grad_(), points, weights) == 'loop'
+    assert ran(value[:, :, :, :1], points.repeat(1, 2, 1, 1, 1, 1), weights.repeat(1, 2, 1, 1, 1)) == 'eager'     # 1e2
+    assert ran(value, points[:, :0], weights[:, :0]) == 'native'                                                      # 1e0: unknown
+    assert multiscale._order(torch.device('cpu'), False, 96) == ('loop', 'native', 'eager')
+    monkeypatch.undo()
+
+@pytest.mark.parametrize('types, gets', [((torch.float32,)*3, (torch.float32,)*3), ((torch.bfloat16, torch.float32, torch.float32), (torch.bfloat16, torch.float32, torch.float32)),
+    ((torch.float16,)*3, (torch.float16, torch.float32, torch.float32)), ((torch.float32, torch.bfloat16, torch.float32), (torch.float32,)*3),
+    ((torch.float32, torch.float64, torch.float32), (torch.float64,)*3), ((torch.bfloat16, torch.float32, torch.float64), (torch.float64,)*3), ((torch.float64,)*3, (torch.float64,)*3)], ids=str)
+def test_native_gets(op, types, gets):
+    "Values in their own type, points and weights in float32; all in float64 if one is. The result has the values' type in every way."
+    value, shapes, points, weights = inputs()
+    args = value.to(types[0]), shapes, points.to(types[1]), weights.to(types[2])
+    assert ms_deform_attn(*args).dtype == types[0] and op.calls == [gets]
+    for way in ('eager', 'loop'):
+        with backend(way): assert ms_deform_attn(*args).dtype == types[0]
+
+def test_traced_order(op, monkeypatch):
+    "A compiled model takes native or eager, whatever was measured; ONNX gets PyTorch's own functions."
+    f = torch.compile(lambda *args: ms_deform_attn(args[0], [(3, 5), (2, 2)], *args[1:]), backend='eager')
+    value, shapes, points, weights = inputs()
+    op.way('native')(ms_deform_attn_grid)
+    torch._dynamo.reset()
+    f(value, points, weights)
+    assert op.ran == 'native'
+    torch.jit.trace(Export(), (value, points, weights), check_trace=False)
+    assert op.ran == 'eager'
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    torch.export.export(Export(), (value, points, weights))
+    assert op.ran == 'eager'
+
+@pytest.mark.parametrize('d, q, grad, bags', [(16, 5, False, True), (8, 500, False, False), (32, 2000, True, True), (32, 5, True, False), (16, 2000, True, False)])
+def test_eager_forms(d, q, grad, bags, monkeypatch):
+    "The form is chosen by size, on the CPU, in float32, and never while tracing."
+    value, shapes, points, weights = inputs(d=d, q=q, b=1, n=2, k=4, dtype=torch.float32)
+    value.requires_grad_(grad)
+    assert multiscale._rows_pay(value, points, weights) == bags
+    assert not multiscale._rows_pay(value.double(), points, weights) and not multiscale._rows_pay(value.to('meta'), points.to('meta'), weights.to('meta'))
+    plain = value.detach(), points, weights
+    with torch._subclasses.FakeTensorMode() as mode: assert not multiscale._rows_pay(*(mode.from_tensor(o) for o in plain))
+    got, want = ms_deform_attn_eager(value, shapes, points, weights), ms_deform_attn_grid(value, shapes, points, weights)
+    assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert torch.export.export(Export(), plain).module()(*plain).shape == want.shape
+
+class Export(nn.Module):
+    def forward(self, *args): return ms_deform_attn(args[0], [(3, 5), (2, 2)], *args[1:])
+
+def test_kept_sizes_serve_training():
+    "What is kept from a call in inference mode can be used with gradients."
+    multiscale._levels.cache_clear(); multiscale._sizes.cache_clear()
+    args = list(module_args())
+    with torch.inference_mode(): module()(*args)
+    module()(args[0].requires_grad_(), *args[1:]).sum().backward()
+    value, shapes, points, weights = inputs(dtype=torch.float32, d=16)
+    with torch.inference_mode(): ms_deform_attn(value, shapes, points, weights)
+    agree('bags', value, shapes, points, weights, rtol=1e-4, atol=1e-4)
 
 @pytest.mark.slow
 @pytest.mark.skipif(needs_compiler() is not None, reason=str(needs_compiler()))
@@ -162,7 +257,7 @@ wrong = {
     'value': dict(value=torch.zeros(2, 19, 6)), 'value ': dict(value=torch.zeros(2, 19, 2, 3, dtype=torch.long)), 'value  ': dict(value=None),
     'spatial_shapes': dict(spatial_shapes=[(3, 5), (2, 3)]), 'spatial_shapes ': dict(spatial_shapes=[3, 5]), 'spatial_shapes  ': dict(spatial_shapes=[]),
     'spatial_shapes   ': dict(spatial_shapes=torch.tensor([[3., 5], [2, 2]])), 'spatial_shapes    ': dict(spatial_shapes=[(-3, -5), (2, 2)]), 'spatial_shapes     ': dict(spatial_shapes=None),
-    'points': dict(points=torch.zeros(2, 4, 2, 2, 3, 3)), 'points ': dict(points=torch.zeros(2, 4, 2, 3, 3, 2)), 'points  ': dict(points=torch.rand(2, 4, 2, 2, 3, 2) * 128), 'points   ': dict(points=torch.zeros(2, 4, 2, 2, 3, 2, dtype=torch.long)),
+    'points': dict(points=torch.zeros(2, 4, 2, 2, 3, 3)), 'points ': dict(points=torch.zeros(2, 4, 2, 3, 3, 2)), 'points   ': dict(points=torch.zeros(2, 4, 2, 2, 3, 2, dtype=torch.long)),
     'weights': dict(weights=torch.zeros(2, 4, 2, 2, 4)), 'weights ': dict(weights=torch.ones(2, 4, 2, 2, 3, dtype=torch.bool)), 'weights  ': dict(weights=torch.zeros(2, 4, 2, 2, 3, device='meta'))}
 
 @pytest.mark.parametrize('name', wrong)
@@ -170,6 +265,81 @@ def test_wrong_arguments(name):
     value, shapes, points, weights = inputs(dtype=torch.float32)
     with pytest.raises(ArgumentError) as e: ms_deform_attn(**{**dict(value=value, spatial_shapes=shapes, points=points, weights=weights), **wrong[name]})
     assert e.value.argument == name.strip()
+
+def test_shapes_of_all_kinds():
+    "Lists, tuples and tensors of sizes are the same."
+    value, shapes, points, weights = inputs()
+    want = ms_deform_attn(value, shapes, points, weights)
+    for o in (tuple(shapes), [list(o) for o in shapes], torch.tensor(shapes), [torch.Size(o) for o in shapes]): assert_close(ms_deform_attn(value, o, points, weights), want)
+
+@pytest.mark.parametrize('name', wrong)
+def test_quick_answer_is_the_careful_one(name):
+    value, shapes, points, weights = inputs(dtype=torch.float32)
+    args = dict(value=value, spatial_shapes=shapes, points=points, weights=weights)
+    assert multiscale._right(**args) is True and multiscale._right(**{**args, **wrong[name]}) is not True
+
+def test_checks_are_cheap():
+    "About a microsecond: a generous bound, for other work may run beside it."
+    args = inputs(b=1, shapes=((8, 8), (4, 4), (2, 2), (1, 1)), n=8, d=4, q=5, k=4, dtype=torch.float32)
+    assert min(timeit.repeat(lambda: multiscale._right(*args), number=2000, repeat=15)) / 2000 < 10e-6
+    multiscale._msda.plan(*args)
+    assert min(timeit.repeat(lambda: multiscale._msda.plan(*args), number=2000, repeat=15)) / 2000 < 10e-6
+
+# ---- debug
+
+def at(x, i, value):
+    x = x.clone()
+    x[i] = value
+    return x
+
+nan, inf = float('nan'), float('inf')
+@pytest.mark.parametrize('name, i, bad, says', [
+    ('value', (1, 4, 0, 2), nan, r'value\[b=1, s=4, n=0, d=2\] = nan, the first of 1 '), ('value', 0, inf, r'value\[b=0, s=0, n=0, d=0\] = inf, the first of 114 '),
+    ('points', (1, 3, 0, 1, 2, 1), nan, r'points\[b=1, q=3, n=0, l=1, k=2\] = .*, nan, the first of 1 '), ('points', (0, 1, 1, 1, 0, 0), -inf, r'points\[b=0, q=1, n=1, l=1, k=0\] = -inf, '),
+    ('weights', (0, 3, 1, 0, 1), -inf, r'weights\[b=0, q=3, n=1, l=0, k=1\] = -inf'), ('points', (1, 0, 1, 1, 2, 0), 100., r'points\[b=1, q=0, n=1, l=1, k=2\] = 100, .*, the first of 1 ')])
+def test_debug_says_where(name, i, bad, says):
+    args = dict(zip(('value', 'spatial_shapes', 'points', 'weights'), inputs()))
+    args[name] = at(args[name], i, bad)
+    ms_deform_attn(**args) if name != 'points' else None
+    with debug(), pytest.raises(ArgumentError, match=says) as e: ms_deform_attn(**args)
+    assert e.value.argument == name
+    with debug(), debug(False): core.debugging() or ms_deform_attn(**{**args, 'points': inputs()[2]})
+
+def test_debug_accepts_what_is_right():
+    with debug():
+        ms_deform_attn(*inputs())
+        module()(*module_args()); module()(*module_args(boxes=True))
+        ms_deform_attn(*inputs(q=0)); ms_deform_attn(*inputs(b=0))
+        m = MSDeformAttn(12, 3, 1, 4)   # on a level of one pixel a new module looks four maps away
+        m(torch.zeros(1, 9, 12), torch.full((1, 9, 1, 2), 0.5), torch.zeros(1, 1, 12), [(1, 1)])
+
+@pytest.mark.parametrize('boxes', [False, True])
+def test_debug_of_the_module(boxes):
+    query, reference, value, shapes = module_args(boxes)
+    with debug():
+        with pytest.raises(ArgumentError, match='not in pixels') as e: module()(query, reference * 100, value, shapes)
+        assert e.value.argument == 'reference'
+        with pytest.raises(ArgumentError, match=r'reference\[b=1, q=2, l=0\]'): module()(query, at(reference, (1, 2, 0, 1), nan), value, shapes)
+        with pytest.raises(ArgumentError, match=r'value\[b=1'): module()(query, reference, at(value, (1, 3), nan), shapes)
+
+@pytest.mark.parametrize('what', ['compile', 'export', 'vmap', 'fake'])
+def test_debug_is_skipped_where_there_are_no_values(what):
+    value, shapes, points, weights = inputs()
+    points = points * 1000
+    f = lambda v, p, w: ms_deform_attn(v, shapes, p, w)
+    torch._dynamo.reset()
+    with debug():
+        if what == 'compile': torch.compile(f, fullgraph=True, backend='aot_eager')(value, points, weights)
+        if what == 'export': torch.export.export(Export(), (value, points, weights))
+        if what == 'vmap': torch.func.vmap(lambda v, p, w: f(v[None], p[None], w[None]))(value, points, weights)
+        if what == 'fake':
+            with torch._subclasses.FakeTensorMode() as mode: f(*(mode.from_tensor(o) for o in (value, points, weights)))
+        with pytest.raises(ArgumentError): f(value, points, weights)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_debug_on_a_gpu():
+    value, shapes, points, weights = (o.cuda() if isinstance(o, torch.Tensor) else o for o in inputs(dtype=torch.float32))
+    with debug(), pytest.raises(ArgumentError, match=r'points\[b=0, q=0, n=0, l=0, k=0\]'): ms_deform_attn(value, shapes, points * 0 + 100, weights)
 
 def module(**kw):
     torch.manual_seed(0)
@@ -182,7 +352,7 @@ def module_args(boxes=False, b=2, q=4):
     return torch.randn(b, q, 12, generator=g), torch.rand(b, q, 2, 4 if boxes else 2, generator=g), torch.randn(b, 19, 12, generator=g), [(3, 5), (2, 2)]
 
 @pytest.mark.parametrize('name, i, value', [
-    ('query', 0, torch.zeros(2, 4, 11)), ('reference', 1, torch.rand(2, 4, 2)), ('reference', 1, torch.rand(2, 4, 3, 2)), ('reference', 1, torch.rand(2, 4, 2, 2) * 100), ('reference', 1, torch.rand(2, 5, 2, 2)),
+    ('query', 0, torch.zeros(2, 4, 11)), ('reference', 1, torch.rand(2, 4, 2)), ('reference', 1, torch.rand(2, 4, 3, 2)), ('reference', 1, torch.rand(2, 5, 2, 2)),
     ('reference', 1, torch.rand(2, 4, 2, 3)), ('value', 2, torch.zeros(2, 19, 10)), ('value', 2, torch.zeros(1, 19, 12)), ('spatial_shapes', 3, [(3, 5)]), ('spatial_shapes', 3, [(3, 5), (2, 3)])])
 def test_wrong_module_arguments(name, i, value):
     args = list(module_args())
@@ -245,7 +415,7 @@ def test_fullgraph(way, boxes):
     mask[:, 3:6] = True
     traced = torch.compile(m, fullgraph=True, backend='aot_eager')
     with backend('eager'): want = torch.autograd.grad(m(*args, mask).square().sum(), list(m.parameters()))
-    with backend(way): got = torch.autograd.grad(traced(*args, mask).square().sum(), list(m.parameters()))
+    with by(way): got = torch.autograd.grad(traced(*args, mask).square().sum(), list(m.parameters()))
     for a, b in zip(got, want): assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 def test_dynamic_queries():
@@ -299,8 +469,8 @@ def test_golden_module(way):
     for case in cases(t):
         get = lambda o: t.get(f'input/{case}/{o}')
         args = [get(o).requires_grad_() for o in ('query', 'reference_points', 'input_flatten')]
-        with backend(way): out = m(*args, get('spatial_shapes'), get('padding_mask'))
-        assert multiscale._msda.ran == way
+        with by(way): out = m(*args, get('spatial_shapes'), get('padding_mask'))
+        assert multiscale._msda.ran
         wanted = {k: v for k, v in t.items() if k.startswith(f'grad/{case}/')}
         params = {ours(k.split('state_dict/')[1]): k for k in wanted if 'state_dict' in k}
         at = dict(zip([f'grad/{case}/{o}' for o in ('query', 'reference_points', 'input_flatten')], args))

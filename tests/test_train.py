@@ -207,8 +207,12 @@ def test_plain_survives_safe_loading(tmp_path):
     assert torch.load(tmp_path/'x', weights_only=True) == dict(a=1.5, b=[1, (2, [3])], c=torch.tensor([1.]), d=None)
 
 @pytest.mark.slow
-def test_compiled(tmp_path):
+def test_compiled(tmp_path, monkeypatch):
+    "The whole of a training is traced. Inductor's code is not the point here, and takes long to make."
+    compile, seen = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: seen.append(compile(self, backend='aot_eager')))
     assert main_train([*TINY, '--epochs', '1', '--compile', '--out', str(tmp_path/'a')]) is None
+    assert seen
     load_run(tmp_path/'a')
 
 # ---- what is refused, before any work
