@@ -155,7 +155,8 @@ class _Lookahead(torch_optimizer.Lookahead):
 _NO_RATE = 'an optimizer with a learning rate, which this one has not'
 _REFUSED = dict(a2gradexp=_NO_RATE, a2gradinc=_NO_RATE, a2graduni=_NO_RATE, lookahead='lookahead+another, the optimizer that it wraps',
                adahessian='an optimizer that works from gradients alone; this one needs a backward pass that keeps its graph, which fastai does not run')
-_OPTIONS = dict(adafactor=dict(relative_step=False), apollo=dict(warmup=0))   # so that they use the rate they are given
+_OPTIONS = dict(adafactor=dict(relative_step=False), apollo=dict(warmup=0),              # so that they use the rate they are given
+                **dict.fromkeys(('adamw', 'adam', 'sgd'), dict(fused=True)))              # a step in one pass over all parameters
 
 # %% ../nbs/33_learner.ipynb #f69602e2
 class optimizer:

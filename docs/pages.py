@@ -13,7 +13,7 @@ from fastcore.nbio import mk_cell
 from symbols import Package
 
 PARTS = {0: 'Ground', 1: 'Mechanisms', 2: 'Models', 3: 'Training', 4: 'Kernels'}
-FOLDERS = {'tutorials': 'Tutorials', 'bench': 'Benchmarks'}
+FOLDERS = {'tutorials': 'Tutorials', 'bench': 'Measurements'}
 
 # ---- nbdev's half ------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ class ShowDocs(procs.add_show_docs):
             out += run + [c]; run = []
             if is_exported(c): out += [mk_cell(f'<!-- data {n} -->', 'markdown') for n in values(c.source)]
         self.nb.cells[:] = out + run
-        self.nb.has_docs_ = True
+        self.nb.has_docs_ = any(is_exported(c) or 'show_doc' in c.source for c in self.nb.cells if c.cell_type == 'code')     # else nothing has to run
 
 def values(source):
     "The public names that a cell assigns."
@@ -182,6 +182,7 @@ class Page:
         up = '../' * self.name.count('/')
         line = []
         if self.part is not None: line.append(f'Part {self.part}, {PARTS.get(self.part, "")} · chapter {self.number:02d}')
+        elif '/' in self.notebook: line.append(FOLDERS.get(self.notebook.split('/')[0], ''))
         if self.module:
             line.append(f'`{self.module.name}`')
             line.append(f'<a href="{up}source/{self.module.short}.html">source</a>')
@@ -306,7 +307,7 @@ def toctree(caption, entries):
     return '\n'.join(['```{toctree}', ':hidden:', ':titlesonly:', f':caption: {caption}', '', *entries, '```', ''])
 
 def contents(pages):
-    "The site's table of contents: parts by tens, then tutorials, benchmarks and the API."
+    "The site's table of contents: parts by tens, then tutorials, measurements and the API."
     out = []
     label = lambda p: f'{p.number:02d} {p.title} <{p.name}>'
     for part in sorted({p.part for p in pages if p.part is not None}):

@@ -78,6 +78,15 @@ def test_symbols(tmp_path):
     assert [o.name for o in p.find('C').params] == ['n'] and [o.text for o in p.find('R').params] == ['how many']
     assert p.find('_private') is None and p.find('nothing') is None and p.find('pkg.x').doc == 'A module.'
 
+def test_folders_of_notebooks():
+    "Notebooks in folders have their own place in the contents, and links out of the folder."
+    import pages
+    from types import SimpleNamespace as page
+    toc = pages.contents([page(part=4, number=41, title='K', name='k', notebook='41_k.ipynb'), page(part=None, title='Start', name='index', notebook='index.ipynb'),
+                          page(part=None, title='Fast', name='bench/speed', notebook='bench/speed.ipynb'), page(part=None, title='T', name='tutorials/t', notebook='tutorials/01_t.ipynb')])
+    assert [(o[0], o[2]) for o in toc] == [('4 · Kernels', ['41 K <k>']), ('Tutorials', ['tutorials/t']), ('Measurements', ['bench/speed'])]
+    assert pages.relink('[a](../11_multiscale.ipynb#The-loop) [b](bench/speed.ipynb)') == '[a](../multiscale.ipynb#the-loop) [b](bench/speed.ipynb)'
+
 def test_markdown():
     import pages
     assert pages.relink('[a](11_multiscale.ipynb#The-loop) `[b](11_multiscale.ipynb)` [c](../02_points.ipynb)') == '[a](multiscale.ipynb#the-loop) `[b](11_multiscale.ipynb)` [c](../points.ipynb)'

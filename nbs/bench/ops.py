@@ -1,0 +1,117 @@
+"""The ops that `make bench` measures: one `Entry` each, which says what to run, on what sizes, beside which peers.
+
+To add an op, write an `Entry` for it and name it in `ENTRIES`; nothing else knows an op by name."""
+import importlib.util, math
+from dataclasses import dataclass
+from typing import Callable
+import torch
+
+class Missing(Exception): "A peer is not installed, or cannot run here; says why."
+
+@dataclass
+class Entry:
+    op:str                # The name of the op for `backend` and `choices.json`
+    ours:Callable         # The public function
+    handle:Callable       # The `Op` object, whose `ran` tells which way ran
+    workloads:dict        # Sizes by name
+    small:dict            # The sizes from which the sweeps start
+    sweeps:dict           # What is varied: a function that puts a number into the sizes, and the numbers
+    kinds:dict            # For `--choose`: the digits in the name of a kind, and sizes
+    inputs:Callable       # inputs(sizes, points, generator) -> arguments in float32; those that are float tensors take gradients
+    cast:Callable         # cast(args, dtype) -> arguments as our ways take them in that dtype
+    peers:dict            # By name: build(args) -> function, arguments. The first is the baseline; raises `Missing`
+    slow_peers:tuple      # Names of those that run with `--all` only
+    count:Callable        # count(sizes, bytes of a value) -> samples, operations, gathered and compulsory bytes
+    rows:Callable         # rows(args) -> what the micro-benchmarks read: see `limits.py`
+    goals:dict            # What is aimed at: speedup over the baseline by (implementation, direction) and workload
+    memory:dict           # The same for memory: (implementation, direction) -> sentence, test of (row, baseline's row, sizes)
+
+# ---- multi-scale deformable attention ------------------------------------------------------------------------------
+
+def pyramid(side, levels=4): return [(max(1, side >> i),) * 2 for i in range(levels)]
+def pixels(shapes): return sum(h * w for h, w in shapes)
+
+def msda_sizes(b, shapes, n, d, q=None, k=4): return dict(b=b, shapes=shapes, n=n, d=d, k=k, q=q or pixels(shapes))
+
+def msda_inputs(sizes, points, generator):
+    """Value, sizes of the levels, points and weights. `near`: each query's reference is the centre of its pixel (where the queries are not the pixels, of one
+    drawn at random), and each point lies 1 to 2 pixels from it on its level. `uniform`: anywhere on the map, which no trained model does."""
+    b, q, n, k, shapes = (sizes[o] for o in ('b', 'q', 'n', 'k', 'shapes'))
+    rand = lambda *shape: torch.rand(*shape, generator=generator)
+    wh = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)[:, None]        # l 1 2
+    if points == 'near':
+        centres = torch.cat([torch.stack(torch.meshgrid((torch.arange(h) + .5) / h, (torch.arange(w) + .5) / w, indexing='ij'), -1).flip(-1).flatten(0, 1) for h, w in shapes])
+        which = torch.arange(q) if q == len(centres) else (rand(q) * len(centres)).long()
+        angle, far = rand(b, q, n, len(shapes), k) * (2 * math.pi), 1 + rand(b, q, n, len(shapes), k)
+        xy = centres[which][None, :, None, None, None] + torch.stack([angle.cos() * far, angle.sin() * far], -1) / wh
+    else: xy = rand(b, q, n, len(shapes), k, 2)
+    # The gradient jumps where a point crosses the centre of a pixel, so no point may lie where rounding decides on which side it is.
+    pixel = xy * wh - .5
+    xy = (pixel.floor() + (pixel - pixel.floor()).clamp(.002, .998) + .5) / wh
+    value = torch.randn(b, pixels(shapes), n, sizes['d'], generator=generator)
+    weights = torch.randn(b, q, n, len(shapes) * k, generator=generator).softmax(-1).view(b, q, n, len(shapes), k)
+    return value, shapes, xy, weights
+
+def msda_cast(args, dtype): return args[0].to(dtype), *args[1:]     # points and weights stay float32
+
+def transformers_msda(args):
+    "The pure PyTorch form of transformers, all tensors in the dtype of the value: `F.grid_sample` takes no mixture."
+    if importlib.util.find_spec('transformers') is None: raise Missing('transformers is not installed (extra `peers`)')
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+    module = MultiScaleDeformableAttention()
+    value, shapes, points, weights = args
+    def transformers(value, shapes, points, weights): return module(value, None, shapes, None, points, weights, 64)
+    return transformers, (value, shapes, points.to(value.dtype), weights.to(value.dtype))
+
+def transformers_msda_compiled(args):
+    f, args = transformers_msda(args)
+    return torch.compile(f, fullgraph=True, dynamic=False), args
+
+def msda_count(sizes, size):
+    "8 operations for each sample and channel forward (4 neighbours, multiply and add), 16 more backward; every tensor moved once is compulsory."
+    b, q, n, d, k, shapes = (sizes[o] for o in ('b', 'q', 'n', 'd', 'k', 'shapes'))
+    samples, value, out = b * q * n * len(shapes) * k, b * pixels(shapes) * n * d * size, b * q * n * d * size
+    fwd, bwd = value + 12 * samples + out, 2 * value + 24 * samples + out
+    return dict(samples=samples, operations=dict(fwd=8 * d * samples, bwd=16 * d * samples, fwd_bwd=24 * d * samples),
+                gathered=4 * d * size * samples, compulsory=dict(fwd=fwd, bwd=bwd, fwd_bwd=fwd + bwd))
+
+def msda_rows(args):
+    "A table of rows for each (image, head), and for each of its queries and points the first of the four rows that are read: r, r + 1, r + w, r + w + 1."
+    value, shapes, points, weights = args
+    (b, s, n, d), (_, q, _, l, k, _) = value.shape, points.shape
+    wh = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)[:, None]
+    low = (points * wh - .5).floor().clamp(min=0).minimum((wh - 2).clamp(min=0)).long()                       # b q n l k 2
+    start = torch.tensor([0] + [h * w for h, w in shapes[:-1]]).cumsum(0)[:, None]
+    first = start + low[..., 1] * wh[:, :, 0].long() + low[..., 0]
+    first = first + (torch.arange(b)[:, None, None, None, None] * n + torch.arange(n)[:, None, None]) * s      # rows of all tables, one after the other
+    # on a level one pixel wide or high the neighbours would be beyond its end: the row is read again
+    width, step = (torch.tensor([o for hw in shapes for o in [f(hw)] * k], dtype=torch.int32) for f in (lambda hw: hw[1] if hw[0] > 1 else 0, lambda hw: int(hw[1] > 1)))
+    head_major = lambda x: x.transpose(1, 2).reshape(b * n, q, l * k).contiguous()
+    return dict(table=value.transpose(1, 2).reshape(b * n * s, d).contiguous(), first=head_major(first).int(), weights=head_major(weights), width=width, step=step, levels=l)
+
+def _queries(sizes, x): return {**sizes, 'q': x}
+def _levels(sizes, x): return {**sizes, 'shapes': pyramid(64, x)}
+def _channels(sizes, x): return {**sizes, 'd': x // sizes['n']}
+def _batch(sizes, x): return {**sizes, 'b': x}
+
+def _multiscale():
+    from deformlit.multiscale import _msda, ms_deform_attn
+    out_mb = lambda s: s['b'] * s['q'] * s['n'] * s['d'] * 4 / 1e6
+    return Entry(
+        op='ms_deform_attn', ours=ms_deform_attn, handle=_msda,
+        workloads=dict(
+            enc=msda_sizes(1, pyramid(64), 8, 32), dec=msda_sizes(1, pyramid(64), 8, 32, q=300), small=msda_sizes(8, pyramid(20, 3), 8, 16)),
+        small=msda_sizes(1, pyramid(32), 8, 16, q=300),
+        sweeps=dict(queries=(_queries, (10, 30, 100, 300, 1000, 3000)), levels=(_levels, (1, 2, 3, 4, 5)), channels=(_channels, (64, 128, 256, 512, 1024)), batch=(_batch, (1, 2, 4, 8, 16))),
+        kinds={3: msda_sizes(1, pyramid(32), 8, 32, q=25), 4: msda_sizes(1, pyramid(32), 8, 32, q=250), 5: msda_sizes(1, pyramid(44), 8, 32),
+               6: msda_sizes(2, pyramid(96), 8, 32), 7: msda_sizes(4, pyramid(128), 8, 32)},
+        inputs=msda_inputs, cast=msda_cast, count=msda_count, rows=msda_rows,
+        peers={'transformers': transformers_msda, 'transformers compiled': transformers_msda_compiled}, slow_peers=('transformers compiled',),
+        goals={('native', 'fwd'): dict(enc=60, dec=20, small=11), ('native', 'fwd_bwd'): dict(enc=27, dec=18, small=10),
+               ('compiled', 'fwd'): dict(enc=15, dec=7, small=2), ('compiled', 'fwd_bwd'): dict(enc=7, dec=5, small=2.5),
+               ('eager', 'fwd'): dict(enc=5, dec=2, small=1), ('eager', 'fwd_bwd'): dict(enc=2, dec=1.2, small=1)},
+        memory={('native', 'fwd'): ('output + 10 %', lambda row, base, sizes: row['peak_mb'] <= 1.1 * out_mb(sizes) + .5),     # half a megabyte is what the measuring itself may err
+                ('native', 'fwd_bwd'): ("1/12 of the peer's", lambda row, base, sizes: row['peak_mb'] <= base['peak_mb'] / 12)})
+
+ENTRIES = dict(multiscale=_multiscale)
+def entry(name) -> Entry: return ENTRIES[name]()
