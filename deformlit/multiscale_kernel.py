@@ -75,6 +75,7 @@ def _check_call(value, sizes, points, weights):
     check(value.shape[1] < 2**31 and max(sizes) < 2**30, 'sizes', sizes, 'h and w below 2^30, and fewer than 2^31 pixels')
     check(max(4 * n * l * k, 128 * l * k, value.shape[3]) < 2**31, 'points', points, 'fewer points of a query')
 
+# %% ../nbs/41_multiscale_kernel.ipynb #7c1e52a9
 def _plan(value, sizes, points, *grad):
     """What the kernels are told, how many numbers a thread reads at a time, and the number of blocks.
     To read several at a time, every row must begin at a multiple of 16 bytes."""
