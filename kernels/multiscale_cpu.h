@@ -95,10 +95,12 @@ void forward(const Problem& o, const T* value, const A* points, const A* weights
         const Level& level = o.levels[j % lk / o.k];
         look.h[j] = level.h; look.w[j] = level.w; look.first[j] = level.first; look.head[j] = j / lk * o.stride_n;
     }
+    const int64_t* rows = look.row.data();
+    const A* shares = look.share.data();
     for (int64_t i = begin; i < end; i++) {
         const T* image = value + i / o.q * o.stride_b;
         look(points + i * m * 2, weights + i * m, o.stride_s, distance(image, zeros.data()));
-        for (int n = 0; n < o.n; n++) read<W>(image, look.row.data() + n * lk, look.share.data() + n * lk, lk, m, out + (i * o.n + n) * o.d, o.d);
+        for (int n = 0; n < o.n; n++) read<W>(image, rows + n * lk, shares + n * lk, lk, m, out + (i * o.n + n) * o.d, o.d);
     }
 }
 // endregion forward

@@ -1,6 +1,6 @@
 """What the native op must do on every device. A module of tests imports these and has a fixture `on`: the device they run on."""
 import copy, io, math
-import pytest, torch
+import pytest, torch, torch.utils.checkpoint
 from torch import nn
 from torch.testing import assert_close
 from truth import *
@@ -242,6 +242,26 @@ def test_gradcheck_of_layouts(on):
     (v, p, w), shapes = small(on)
     f = lambda v, p, w: native(v.transpose(1, 2), shapes, p.flip(1), w.expand(1, 2, 2, 2, 2))
     assert torch.autograd.gradcheck(f, (v.detach().transpose(1, 2).contiguous().requires_grad_(), p, w.detach()[:, :1].clone().requires_grad_()), nondet_tol=1e-12)
+
+@halves
+def test_second_gradient_of_halves(on, dtype):
+    "Through the eager form, each in its own type."
+    found = []
+    for f in (native, ms_deform_attn):
+        value, shapes, points, weights = inputs(on, dtype=dtype)
+        args = [o.requires_grad_() for o in (value, points, weights)]
+        with backend('native' if f is native else 'eager'): out = f(value, shapes, points, weights)
+        first = torch.autograd.grad(out.float().square().sum(), args, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(o.float().square().sum() for o in first), args)])
+    for a, b in zip(*found):
+        assert a.dtype == b.dtype and a.isfinite().all()
+        assert_close(a.float(), b.float(), rtol=.05, atol=.02 * b.abs().max().item())
+
+def test_checkpoint(on):
+    args, shapes = small(on)
+    f = lambda v, p, w: native(v, shapes, p, w)
+    a = torch.autograd.grad(torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False).sum(), args)
+    assert_close(a, torch.autograd.grad(f(*args).sum(), args))
 
 def test_no_grad(on):
     (v, p, w), shapes = small(on)
