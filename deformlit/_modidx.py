@@ -489,6 +489,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'deformlit/multiscale_kernel.py'),
                                              'deformlit.multiscale_kernel._backward': ( 'multiscale_kernel.html#_backward',
                                                                                         'deformlit/multiscale_kernel.py'),
+                                             'deformlit.multiscale_kernel._check_call': ( 'multiscale_kernel.html#_check_call',
+                                                                                          'deformlit/multiscale_kernel.py'),
                                              'deformlit.multiscale_kernel._eager': ( 'multiscale_kernel.html#_eager',
                                                                                      'deformlit/multiscale_kernel.py'),
                                              'deformlit.multiscale_kernel._fits': ( 'multiscale_kernel.html#_fits',

@@ -10,7 +10,7 @@ import ctypes, functools
 import torch
 from .core import *
 from .multiscale import *
-from .multiscale import _msda
+from .multiscale import _checked, _msda, _pairs
 from .native import *
 
 # %% ../nbs/41_multiscale_kernel.ipynb #3f65d2f8
@@ -65,11 +65,23 @@ class _Fixed(ctypes.Structure):
 # %% ../nbs/41_multiscale_kernel.ipynb #d335274e
 _names = {torch.float32: ('f32', 4), torch.float64: ('f64', 2), torch.float16: ('f16', 8), torch.bfloat16: ('bf16', 8)}
 
-def _plan(value, sizes, points):
-    "What the kernels are told, how many numbers a thread reads at a time, and the number of blocks."
+def _check_call(value, sizes, points, weights):
+    "What kernels/multiscale_problem.h checks; raises `ArgumentError`."
+    shapes, whole = _checked(value, _pairs(sizes), points, weights), torch.float64 if value.dtype == torch.float64 else torch.float32
+    check(value.dtype in _names, 'value', value, 'float16, bfloat16, float32 or float64')
+    for name, x in dict(points=points, weights=weights).items(): check(x.dtype == whole, name, x, f'{whole} with such values')
+    check(len(sizes) == 2 * len(shapes) <= 256, 'sizes', sizes, 'h and w of each level, at most 128 levels')
+    b, q, n, l, k = weights.shape
+    check(value.shape[1] < 2**31 and max(sizes) < 2**30, 'sizes', sizes, 'h and w below 2^30, and fewer than 2^31 pixels')
+    check(max(4 * n * l * k, 128 * l * k, value.shape[3]) < 2**31, 'points', points, 'fewer points of a query')
+
+# %% ../nbs/41_multiscale_kernel.ipynb #7c1e52a9
+def _plan(value, sizes, points, *grad):
+    """What the kernels are told, how many numbers a thread reads at a time, and the number of blocks.
+    To read several at a time, every row must begin at a multiple of 16 bytes."""
     (b, s, n, d), (_, q, _, l, k, _) = value.shape, points.shape
     vec = _names[value.dtype][1]
-    if d % vec or any(o % vec for o in value.stride()[:3]) or value.data_ptr() % 16: vec = 1
+    if d % vec or any(o % vec for o in value.stride()[:3]) or any(o.data_ptr() % 16 for o in (value, *grad)): vec = 1
     o = _Problem(b, q, s, *value.stride()[:3], n, d, l, k, 1)
     while o.lanes < 32 and o.lanes * vec < d: o.lanes *= 2
     first = 0
@@ -91,6 +103,7 @@ def _some(count): return min(-(-count // 256), 4096)
 
 # %% ../nbs/41_multiscale_kernel.ipynb #d8dd4974
 def _nvrtc_forward(value, sizes, points, weights):
+    _check_call(value, sizes, points, weights)
     value, points, weights = _rows(value), points.contiguous(), weights.contiguous()
     out = value.new_empty(points.shape[0], points.shape[1], value.shape[2] * value.shape[3])
     o, vec, blocks = _plan(value, sizes, points)
@@ -99,9 +112,12 @@ def _nvrtc_forward(value, sizes, points, weights):
 
 # %% ../nbs/41_multiscale_kernel.ipynb #f578f173
 def _nvrtc_backward(grad, value, sizes, points, weights, deterministic):
+    _check_call(value, sizes, points, weights)
+    check_shape('grad', grad, 'b q c', b=value.shape[0], q=points.shape[1], c=value.shape[2] * value.shape[3])
+    check(grad.dtype == value.dtype and grad.device == value.device, 'grad', grad, 'a tensor like `value`')
     grad, value, points, weights = grad.contiguous(), _rows(value), points.contiguous(), weights.contiguous()
     to_value, to_points, to_weights = (o.new_empty(o.shape) for o in (value, points, weights))
-    (o, vec, blocks), name, whole = _plan(value, sizes, points), _names[value.dtype][0], points.dtype
+    (o, vec, blocks), name, whole = _plan(value, sizes, points, grad), _names[value.dtype][0], points.dtype
     fixed, room = _Fixed(), []
     with torch.cuda.device(value.device):
         if deterministic:

@@ -34,9 +34,10 @@ void launch(void (*kernel)(P...), int64_t blocks, cudaStream_t s, A... args) {
 
 // region cuda_plan
 // Threads for a row, and whether whole words may be read: every row must then begin at a multiple of 16 bytes.
-CudaProblem plan(const Problem& p, const Tensor& value, int vec, bool& wide) {
+CudaProblem plan(const Problem& p, const Tensor& value, const void* grad, int vec, bool& wide) {
     STD_TORCH_CHECK(p.l <= MOST_LEVELS, "ms_deform_attn: at most ", MOST_LEVELS, " levels on CUDA");
-    wide = p.d % vec == 0 && p.stride_b % vec == 0 && p.stride_s % vec == 0 && p.stride_n % vec == 0 && (uintptr_t)value.data_ptr() % 16 == 0;
+    wide = p.d % vec == 0 && p.stride_b % vec == 0 && p.stride_s % vec == 0 && p.stride_n % vec == 0 &&
+           ((uintptr_t)value.data_ptr() | (uintptr_t)grad) % 16 == 0;
     CudaProblem o{p.b, p.q, p.s, p.stride_b, p.stride_s, p.stride_n, p.n, p.d, p.l, p.k, 1, {}};
     while (o.lanes < 32 && o.lanes * (wide ? vec : 1) < p.d) o.lanes *= 2;
     for (int i = 0; i < p.l; i++) o.levels[i] = {p.levels[i].h, p.levels[i].w, p.levels[i].first};
@@ -58,7 +59,7 @@ struct Kernels {
         const Problem p = problem(value, sizes, points, weights);
         Tensor out = output(p, value);
         bool wide;
-        const CudaProblem o = plan(p, value, VEC, wide);
+        const CudaProblem o = plan(p, value, nullptr, VEC, wide);
         launch(forward[wide], blocks(o), stream(value), o, (const T*)value.data_ptr(), (const A*)points.data_ptr(),
                (const A*)weights.data_ptr(), (T*)out.data_ptr());
         return out;
@@ -68,7 +69,7 @@ struct Kernels {
         const Problem p = problem(value, sizes, points, weights, &grad);
         Gradients to = gradients(value, points, weights);
         bool wide;
-        const CudaProblem o = plan(p, value, VEC, wide);
+        const CudaProblem o = plan(p, value, grad.data_ptr(), VEC, wide);
         const cudaStream_t s = stream(value);
         const int64_t rows = p.b * p.s * p.n, count = rows * p.d;
         T* to_value = (T*)std::get<0>(to).data_ptr();

@@ -37,7 +37,8 @@ template <typename A>
 DEFORMLIT_INLINE Corners<A> corners(Axis<A> x, Axis<A> y, int h, int w, int first) {
     const bool left = unsigned(x.low) < unsigned(w), right = unsigned(x.low + 1) < unsigned(w);
     const bool top = unsigned(y.low) < unsigned(h), bottom = unsigned(y.low + 1) < unsigned(h);
-    const int at = first + y.low * w + x.low;              // `first`: the number of the level's first pixel
+    // `first`: the number of the level's first pixel. Unsigned numbers may wrap, where the point is outside and `at` not used.
+    const int at = int(unsigned(first) + unsigned(y.low) * unsigned(w) + unsigned(x.low));
     return {{top & left ? at : OUTSIDE, top & right ? at + 1 : OUTSIDE, bottom & left ? at + w : OUTSIDE, bottom & right ? at + w + 1 : OUTSIDE},
             {(1 - x.share) * (1 - y.share), x.share * (1 - y.share), (1 - x.share) * y.share, x.share * y.share}};
 }

@@ -98,7 +98,7 @@ void forward(const Problem& o, const T* value, const A* points, const A* weights
     for (int64_t i = begin; i < end; i++) {
         const T* image = value + i / o.q * o.stride_b;
         look(points + i * m * 2, weights + i * m, o.stride_s, distance(image, zeros.data()));
-        for (int n = 0; n < o.n; n++) read<W>(image, &look.row[n * lk], &look.share[n * lk], lk, m, out + (i * o.n + n) * o.d, o.d);
+        for (int n = 0; n < o.n; n++) read<W>(image, look.row.data() + n * lk, look.share.data() + n * lk, lk, m, out + (i * o.n + n) * o.d, o.d);
     }
 }
 // endregion forward
@@ -216,7 +216,7 @@ void backward(const Problem& o, const T* grad, const T* value, const A* points, 
             for (int i = 0; i < queries; i++) {
                 const A *p = points + 2 * (at + i * step), *w = weights + at + i * step;
                 prefetch(p + 2 * block * step, 2 * lk); prefetch(w + block * step, lk);
-                std::copy_n(p, 2 * lk, &xy[2 * i * lk]); std::copy_n(w, lk, &weight[i * lk]);
+                std::copy_n(p, 2 * lk, xy.data() + 2 * i * lk); std::copy_n(w, lk, weight.data() + i * lk);
             }
             look(xy.data(), weight.data(), maps.stride, maps.outside);
             if (!copied) for (int j = 0; j < 4 * m; j++) grad_row[j] = look.row[j] == maps.outside ? maps.grad_outside : look.row[j];
@@ -224,9 +224,10 @@ void backward(const Problem& o, const T* grad, const T* value, const A* points, 
             std::fill(dots.begin(), dots.end(), A(0));
             for (int i = 0; i < queries; i++) {
                 const T* from = grad + ((b * o.q + q0 + i) * o.n + n) * d;
-                prefetch(from + 4 * o.n * d, d);
+                prefetch(from + 4 * int64_t(o.n) * d, d);
                 for (int c = 0; c < d; c++) g[c] = A(from[c]);
-                spread<W>(g.data(), maps.value, maps.grad, &look.row[i * lk], grad_rows + i * lk, &look.share[i * lk], lk, m, &dots[4 * i * lk], d);
+                spread<W>(g.data(), maps.value, maps.grad, look.row.data() + i * lk, grad_rows + i * lk, look.share.data() + i * lk,
+                          lk, m, dots.data() + 4 * i * lk, d);
             }
             for (int i = 0; i < queries; i++) {
                 A *p = to_points + 2 * (at + i * step), *w = to_weights + at + i * step;

@@ -20,6 +20,9 @@ struct Problem {
 inline Problem problem(Tensor& value, const std::vector<int64_t>& sizes, Tensor& points, Tensor& weights, Tensor* grad = nullptr) {
     STD_TORCH_CHECK(value.dim() == 4 && points.dim() == 6 && weights.dim() == 5 && points.size(5) == 2,
                     "ms_deform_attn: expected value `b s n d`, points `b q n l k 2` and weights `b q n l k`");
+    constexpr int64_t most = int64_t(1) << 31;
+    for (int64_t size : {value.size(2), value.size(3), points.size(3), points.size(4)})
+        STD_TORCH_CHECK(size < most, "ms_deform_attn: heads, channels, levels and points must be fewer than 2^31");
     Problem o{};
     o.b = points.size(0); o.q = points.size(1); o.s = value.size(1);
     o.n = value.size(2); o.d = value.size(3); o.l = points.size(3); o.k = points.size(4);
@@ -27,12 +30,11 @@ inline Problem problem(Tensor& value, const std::vector<int64_t>& sizes, Tensor&
     for (int i = 0; i < 5; i++)
         STD_TORCH_CHECK(weights.size(i) == points.size(i), "ms_deform_attn: `weights` must have the shape of `points` without the last dimension");
     STD_TORCH_CHECK(int64_t(sizes.size()) == 2 * o.l, "ms_deform_attn: `sizes` must hold h and w of each level of `points`");
-    constexpr int64_t most = int64_t(1) << 31;
     int64_t first = 0;
     for (int i = 0; i < o.l; i++) {
         const int64_t h = sizes[2 * i], w = sizes[2 * i + 1];
-        STD_TORCH_CHECK(h > 0 && w > 0 && h < most && w < most && h * w < most && first + h * w < most,
-                        "ms_deform_attn: `sizes` must be above zero, and all pixels fewer than 2^31");
+        STD_TORCH_CHECK(h > 0 && w > 0 && h < most / 2 && w < most / 2 && first + h * w < most,
+                        "ms_deform_attn: `sizes` must be above zero and below 2^30, and all pixels fewer than 2^31");
         o.levels.push_back({int(h), int(w), int(first)});
         first += h * w;
     }
@@ -46,7 +48,7 @@ inline Problem problem(Tensor& value, const std::vector<int64_t>& sizes, Tensor&
     STD_TORCH_CHECK(points.scalar_type() == a && weights.scalar_type() == a,
                     "ms_deform_attn: `points` and `weights` must be float32, or float64 with such a `value`");
     for (const Tensor* x : {&points, &weights, grad})
-        STD_TORCH_CHECK(!x || (x->is_cuda() == value.is_cuda() && x->get_device_index() == value.get_device_index()),
+        STD_TORCH_CHECK(!x || (x->is_cpu() == value.is_cpu() && x->is_cuda() == value.is_cuda() && x->get_device_index() == value.get_device_index()),
                         "ms_deform_attn: all tensors must be on one device");
     if (grad) {
         STD_TORCH_CHECK(grad->dim() == 3 && grad->size(0) == o.b && grad->size(1) == o.q && grad->size(2) == int64_t(o.n) * o.d &&
@@ -57,6 +59,11 @@ inline Problem problem(Tensor& value, const std::vector<int64_t>& sizes, Tensor&
     if (value.stride(3) != 1 || far < 0 || far >= most) value = torch::stable::contiguous(value);
     points = torch::stable::contiguous(points);
     weights = torch::stable::contiguous(weights);
+    const auto aligned = [](const Tensor& x, ScalarType t) {
+        return (uintptr_t)x.data_ptr() % (t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2) == 0;
+    };
+    STD_TORCH_CHECK(aligned(value, t) && aligned(points, a) && aligned(weights, a) && (!grad || aligned(*grad, t)),
+                    "ms_deform_attn: a tensor's memory begins within a number");
     o.stride_b = value.stride(0); o.stride_s = value.stride(1); o.stride_n = value.stride(2);
     return o;
 }

@@ -5,6 +5,7 @@ by their official names, and every output and gradient of the file is compared. 
 `../shared/golden/A` beside the checkout; without it all is skipped.
 """
 import json, os
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import pytest, torch
 from safetensors import safe_open
 from torch import nn
 
+from deformlit import multiscale
 from deformlit.backbones import BasicBlock, Bottleneck, ResNet
 from deformlit.boxes import cxcywh_to_xyxy
 from deformlit.checkpoints import entries, load_weights, to_layout
-from deformlit.core import backend
+from deformlit.core import backend, needs_compiler
 from deformlit.deformable_detr import *
 from deformlit.layers import FrozenBatchNorm2d
 from deformlit.multiscale import MSDeformAttn, ms_deform_attn
 from deformlit.set_loss import FocalLoss, Matcher, SetLoss, cardinality_error, class_error, set_losses
+from truth import need_native
 
 folder = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).parents[1]/'../shared/golden/A'))
 if not folder.is_dir(): pytest.skip(f'no golden files: {folder} is not a folder (set DEFORMLIT_GOLDEN)', allow_module_level=True)
@@ -98,8 +101,10 @@ class Op(System):
     def __call__(self, value, spatial_shapes, sampling_locations, attention_weights):
         args = value, [tuple(o) for o in spatial_shapes.tolist()], sampling_locations, attention_weights
         out = ms_deform_attn(*args)
+        ran = multiscale._msda.ran
         with backend('loop'): truth = ms_deform_attn(*(o.detach() if isinstance(o, torch.Tensor) else o for o in args))
         torch.testing.assert_close(out.detach(), truth, rtol=0, atol=1e-12)
+        multiscale._msda.ran = ran
         return dict(out=out)
 
 class Module(System):
@@ -224,7 +229,7 @@ def official_grads(model):
     found = [(e, [grads[n] for n in e.ours]) for e in entries(model) if all(n in grads for n in e.ours)]
     return {name: torch.cat(g, e.dim) if g[0].ndim else g[0] for e, g in found for name in e.theirs}
 
-def compare(f, case):
+def compare(f, case, way):
     system, dtype = SYSTEMS[f.kind](f.config), getattr(torch, f.meta['dtype'])
     if system.model is not None:
         load_weights(system.model, f.state_dict(), 'official')
@@ -232,7 +237,9 @@ def compare(f, case):
     inputs, grads, gradw = f.part(f'input/{case}/'), f.part(f'grad/{case}/'), f.part(f'gradw/{case}/')
     before = {n: t.clone() for n, t in inputs.items()}
     leaves = {n: t.requires_grad_() if n in grads else t for n, t in ((n, t.clone()) for n, t in inputs.items())}
-    outputs = system(**leaves)
+    multiscale._msda.ran = None
+    with backend(way) if way else nullcontext(): outputs = system(**leaves)
+    assert way in (None, multiscale._msda.ran), f'{way} was asked for, {multiscale._msda.ran} ran'
     masks = system.masks(outputs)
     wanted = f.part(f'output/{case}/')
     assert wanted, f'no outputs in case {case}'
@@ -247,9 +254,14 @@ def compare(f, case):
     for name in grads: f.check(f'grad/{case}/{name}', mine.get(name))
 
 RUN = [(name, case) for name, (kind_, cases) in FILES.items() if kind_ in SYSTEMS for case in cases]
+OURS = ('ms_deform_attn_core_pytorch', 'MSDeformAttn')                          # the op and its module: by each way; models by the one that is chosen
+WAYS = [pytest.param('loop'), pytest.param('eager'), pytest.param('compiled', marks=[pytest.mark.slow, pytest.mark.skipif(needs_compiler() is not None, reason=str(needs_compiler()))]), pytest.param('native')]
+BY_WAY = [pytest.param(name, case, *o.values, marks=o.marks) for name, case in RUN for o in (WAYS if FILES[name][0] in OURS else [pytest.param(None)])]
 
-@pytest.mark.parametrize('name,case', RUN, ids=lambda o: o.removesuffix('.safetensors'))
-def test_golden(name, case): compare(fixture(name), case)
+@pytest.mark.parametrize('name,case,way', BY_WAY, ids=lambda o: o.removesuffix('.safetensors') if isinstance(o, str) else 'chosen')
+def test_golden(name, case, way):
+    if way == 'native': need_native()
+    compare(fixture(name), case, way)
 
 @pytest.mark.parametrize('name', [n for n, (k, _) in FILES.items() if k not in SYSTEMS])
 def test_no_unknown_system(name):

@@ -7,5 +7,5 @@
                 prefetch(p + 2 * block * step, 2 * lk); prefetch(w + block * step, lk);
 // write
 // in multiscale_cpu.h
-                prefetch(from + 4 * o.n * d, d);
+                prefetch(from + 4 * int64_t(o.n) * d, d);
 // write
