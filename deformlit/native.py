@@ -147,7 +147,7 @@ def key(
     s, folder = settings(root), home(root)
     version = subprocess.run([compiler(kind), '--version'], capture_output=True, text=True).stdout
     h = hashlib.sha256(repr((s['torch'], s[kind], _extra(), version, platform.machine())).encode())
-    files = {p for o in s['torch'].get('headers', []) for p in (folder/o).rglob('*') if p.is_file()} | {folder/o for o in s[kind]['sources']}
+    files = {p for o in s['torch'].get('headers', []) for p in (folder/o).glob('*') if p.is_file()} | {folder/o for o in s[kind]['sources']}
     for p in sorted(files):
         if not p.exists(): raise BuildError(f'the source {p.name} is missing')
         h.update(p.name.encode() + p.read_bytes())

@@ -37,7 +37,7 @@ DEFAULTS = dict(
     model='deformable_detr_refine', dim=128, heads=4, points=2, queries=30, encoder_layers=1, decoder_layers=3, ffn=256, drop=0.,
     widths=[32, 128, 160, 192], depth=1, maps=3, levels=3,
     size=128, items=4000, valid_items=500, bs=8, seed=0,
-    epochs=10, lr=1e-3, pct_start=0.1, div=25., moms=[0.9, 0.9, 0.9], sqr_mom=0.99, wd=1e-4, clip=0.1, opt='adamw', rates=dict(backbone=1., offsets=0.1),
+    epochs=12, lr=1e-3, pct_start=0.1, div=25., moms=[0.9, 0.9, 0.9], sqr_mom=0.99, wd=1e-4, clip=0.1, opt='adamw', rates=dict(backbone=1., offsets=0.1),
     compile=False, backend='auto')
 
 # %% ../nbs/34_train.ipynb #3241cd5f

@@ -46,9 +46,9 @@ def check(results:dict) -> dict:
 def key(row): return tuple(row.get(o) for o in KEY)
 
 def kernels_hash(folder=root/'kernels') -> str:
-    "A digest of all source files below `kernels/`, names and contents; 'none' if there are none."
+    "A digest of the source files in `kernels/` (not of the ladder below it), names and contents; 'none' if there are none."
     built = {'.o', '.so', '.pyc', '.pyd', '.dll'}
-    files = sorted(p for p in Path(folder).rglob('*') if p.is_file() and p.suffix not in built and not any(o[0] in '._' for o in p.relative_to(folder).parts))
+    files = sorted(p for p in Path(folder).glob('*') if p.is_file() and p.suffix not in built and p.name[0] not in '._')
     if not files: return 'none'
     h = hashlib.sha256()
     for p in files: h.update(p.relative_to(folder).as_posix().encode() + b'\0' + hashlib.sha256(p.read_bytes()).digest())
