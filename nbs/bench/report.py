@@ -17,7 +17,7 @@ def svg():
     import matplotlib
     from matplotlib_inline.backend_inline import set_matplotlib_formats
     set_matplotlib_formats('svg', metadata=dict(Date=None))
-    matplotlib.rcParams['svg.hashsalt'] = 'deformlit'
+    matplotlib.rcParams.update({'svg.hashsalt': 'deformlit', 'svg.fonttype': 'none'})   # text stays text, which is smaller
 
 class Sentences(list):
     "Sentences, as a list in a notebook."
