@@ -49,7 +49,7 @@ def _backward(grad, value, sizes, points, weights):
     return to_value, None, to_points, to_weights
 
 def _eager(value, sizes, points, weights):
-    return ms_deform_attn_eager(value.to(points.dtype), list(zip(sizes[::2], sizes[1::2])), points, weights).to(value.dtype)
+    return ms_deform_attn_eager(value.to(points.dtype), _pairs(sizes), points, weights).to(value.dtype)
 
 _call = differentiable('deformlit::ms_deform_attn', _backward, _eager)
 
