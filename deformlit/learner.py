@@ -25,6 +25,7 @@ from fastai.optimizer import OptimWrapper, set_item_pg
 import torch_optimizer
 from .core import *
 from .boxes import *
+from .detr import *
 from .deformable_detr import *
 from .set_loss import *
 from .data import *

@@ -173,7 +173,7 @@ def _arrays(argument, image, num_classes, boxes, labels, scores=None):
 import torch
 from fastai.learner import Metric
 from .boxes import cxcywh_to_xyxy
-from .deformable_detr import detect
+from .detr import detect
 
 # %% ../nbs/32_metrics.ipynb #8b1d6155
 class Collection:

@@ -27,6 +27,7 @@ from .core import *
 from .show import *
 from .boxes import *
 from .backbones import create_backbone
+from .detr import *
 from .deformable_detr import *
 from .metrics import CocoAP, pairwise_iou
 

@@ -7,7 +7,8 @@ import pytest, torch
 from deformlit.backbones import ResNet
 from deformlit.checkpoints import WeightsError, load_weights, read_weights, save_weights, to_layout
 from deformlit.core import ArgumentError
-from deformlit.deformable_detr import LearnedPosition, Neck, RefiningHeads, SharedHead, deformable_detr
+from deformlit.detr import LearnedPosition
+from deformlit.deformable_detr import Neck, RefiningHeads, SharedHead, deformable_detr
 
 recorded = dict(line.split(maxsplit=1) for line in (Path(__file__).parent/'names/deformable_detr_r50.txt').read_text().splitlines())
 golden = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).parents[1]/'../shared/golden/A'))

@@ -5,6 +5,7 @@ import pytest, torch
 from torch import nn
 
 from deformlit.backbones import ResNet
+from deformlit.detr import *
 from deformlit.deformable_detr import *
 from deformlit.multiscale import star
 

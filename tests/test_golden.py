@@ -18,6 +18,7 @@ from deformlit.backbones import BasicBlock, Bottleneck, ResNet
 from deformlit.boxes import cxcywh_to_xyxy
 from deformlit.checkpoints import entries, load_weights, to_layout
 from deformlit.core import backend, needs_compiler
+from deformlit.detr import *
 from deformlit.deformable_detr import *
 from deformlit.layers import FrozenBatchNorm2d
 from deformlit.multiscale import MSDeformAttn, ms_deform_attn
