@@ -345,7 +345,7 @@ class ProposalQueries(nn.Module):
         "The boxes of the first `num_queries` in rank. Raises `ArgumentError` if there are fewer tokens."
         q, s = self.num_queries, boxes.shape[1]
         if s < q: raise ArgumentError('images', f'{s} tokens on all levels', f'larger images, or fewer than {q} queries: each is one token\'s proposal')
-        return boxes.take_along_dim(self.rank(logits, dead).topk(q, 1).indices[..., None], 1)
+        return boxes.gather(1, self.rank(logits, dead).topk(q, 1).indices[..., None].expand(-1, -1, 4))
     def start(self, reference): # `b q 4` -> `Start`
         "Position and content, both read off the sines of the box."
         sines = sine_encoding(reference * (2 * math.pi), self.token_proj.out_features // 2).flatten(2)
