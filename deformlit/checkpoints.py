@@ -621,7 +621,7 @@ def words_of(system:System) -> dict:
     "Our argument: list of their fields."
     return {ours: theirs.replace('=', ' ').split() for ours, theirs in (line.split(maxsplit=1) for line in system.words.strip().splitlines())}
 
-# %% ../nbs/26_checkpoints.ipynb #01e01be5
+# %% ../nbs/26_checkpoints.ipynb #2e9bd9b6
 def from_transformers(
     config:dict, # What stands in a `config.json` of transformers, of version 4 or 5
 ) -> dict:       # For `create_detector`
@@ -647,15 +647,17 @@ def _their_backbone(config):
     b = config.get('backbone_config') or dict(model_type='timm_backbone' if config.get('use_timm_backbone', True) else 'resnet', backbone=config.get('backbone') or 'resnet50')
     several = config.get('num_feature_levels', 1) > 1
     stages = b.get('out_indices') or [int(o.removeprefix('stage')) for o in b.get('out_features') or []] or ([2, 3, 4] if several and b['model_type'] == 'timm_backbone' else [4])
-    stages = tuple(o - 1 for o in (stages if config['model_type'] == 'deformable_detr' else stages[-1:]))
+    stages = stages if config['model_type'] == 'deformable_detr' else stages[-1:]                 # dense models read the last map
+    ours = dict(norm='frozen', out_indices=tuple(o - 1 for o in stages))
     if b['model_type'] == 'timm_backbone':
-        dilated = config.get('dilation') or b.get('output_stride') == 16
-        return dict(name=b['backbone'].split('.')[0], norm='frozen', out_indices=stages) | (dict(dilated=True) if dilated else {})
+        name, stride = b['backbone'].split('.')[0], 16 if config.get('dilation') else b.get('output_stride')
+        if name in RESNETS: return dict(name=name, **ours) | (dict(dilated=True) if stride == 16 else {})
+        return dict(name=b['backbone'], out_indices=stages) | (dict(output_stride=stride) if stride else {})
     check(b['model_type'] == 'resnet', 'backbone_config', f"model_type '{b['model_type']}'", 'timm_backbone or resnet')
     for k in ('downsample_in_first_stage', 'downsample_in_bottleneck'): check(not b.get(k), k, b.get(k), 'False')
     check(b.get('hidden_act', 'relu') == 'relu', 'hidden_act', b.get('hidden_act'), "'relu'")
     deep = b.get('layer_type', 'bottleneck') == 'bottleneck'
-    return dict(name='resnet50' if deep else 'resnet18', norm='frozen', out_indices=stages, depths=b.get('depths', [3, 4, 6, 3]), stem=b.get('embedding_size', 64),
+    return dict(name='resnet50' if deep else 'resnet18', **ours, depths=b.get('depths', [3, 4, 6, 3]), stem=b.get('embedding_size', 64),
                 widths=[o // (4 if deep else 1) for o in b.get('hidden_sizes', [256, 512, 1024, 2048])])
 
 # %% ../nbs/26_checkpoints.ipynb #3782036e
