@@ -14,8 +14,8 @@ encoder.layers.{i}.attn.q_proj.{p}            transformer.encoder.layers.{i}.sel
 encoder.layers.{i}.attn.k_proj.{p}            transformer.encoder.layers.{i}.self_attn.in_proj_{p} @0
 encoder.layers.{i}.attn.v_proj.{p}            transformer.encoder.layers.{i}.self_attn.in_proj_{p} @0
 encoder.layers.{i}.attn.out_proj.{p}          transformer.encoder.layers.{i}.self_attn.out_proj.{p}
-encoder.layers.{i}.norm.{p}                   transformer.encoder.layers.{i}.norm1.{p}
-encoder.layers.{i}.ffn.norm.{p}               transformer.encoder.layers.{i}.norm2.{p}
+encoder.layers.{i}.residual1.norm.{p}          transformer.encoder.layers.{i}.norm1.{p}
+encoder.layers.{i}.residual2.norm.{p}          transformer.encoder.layers.{i}.norm2.{p}
 encoder.layers.{i}.ffn.linear1.{p}            transformer.encoder.layers.{i}.linear1.{p}
 encoder.layers.{i}.ffn.linear2.{p}            transformer.encoder.layers.{i}.linear2.{p}
 encoder.layers.{i}.ffn.act.weight             transformer.encoder.layers.{i}.activation.weight
