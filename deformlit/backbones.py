@@ -180,15 +180,17 @@ class ConvNet(nn.Module):
         in_chans:int=3,            # Channels of the image
         norm=nn.BatchNorm2d,       # Called with the number of channels
         num_maps:int=3,            # The last so many maps are returned
+        dilated:int=0,             # The last so many stages keep the size of the map and dilate
     ):
         super().__init__()
         check(0 < num_maps <= len(widths), 'num_maps', num_maps, f'from 1 to {len(widths)}, the number of widths')
         check(depth > 0, 'depth', depth, 'at least 1')
         self.stem = nn.Sequential(_conv(in_chans, widths[0], 3, 2), norm(widths[0]), nn.ReLU(inplace=True))
-        inputs = [widths[0], *widths[:-1]]
-        self.stages = nn.ModuleList(_stage(BasicBlock, ni, nf, depth, 2, norm) for ni, nf in zip(inputs, widths))
+        check(0 <= dilated < len(widths), 'dilated', dilated, f'from 0 to {len(widths) - 1}, one less than the number of widths')
+        inputs, spread = [widths[0], *widths[:-1]], [max(0, dilated - len(widths) + i + 1) for i in range(len(widths))]
+        self.stages = nn.ModuleList(_stage(BasicBlock, ni, nf, depth, 1 if d else 2, norm, 2**d) for ni, nf, d in zip(inputs, widths, spread))
         self.num_maps, self.channels = num_maps, list(widths[-num_maps:])
-        self.strides = [4 * 2**i for i in range(len(widths))][-num_maps:]
+        self.strides = [4 * 2**(i - d) for i, d in enumerate(spread)][-num_maps:]
         _init_convs(self)
 
     def forward(self, x): # `b c h w` -> list of `b c h w`
