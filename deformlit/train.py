@@ -28,6 +28,7 @@ with warnings.catch_warnings():
     from deformlit.learner import *
 from .core import *
 from .show import *
+from .points import *
 from .boxes import *
 from .backbones import create_backbone
 from .detr import *
@@ -85,7 +86,6 @@ def check_config(
         check(ok, flag(k), c[k], f"a {'whole ' if whole else ''}number, {'above 0' if k in ('lr', 'clip') else f'at least {least}'}")
     check_sizes(c, unused)
     check_recipe(c)
-
 
 # %% ../nbs/34_train.ipynb #5c1d77a2
 def check_sizes(c, unused):
@@ -464,7 +464,7 @@ def draw_weights(ax, image, box, weights):
     show_image(brightness(image.astype(np.float32)) / 255 * .6 + .2, ax)
     ax.imshow(weights, cmap='inferno', extent=(0, 1, 1, 0), alpha=(weights / weights.max()).sqrt() * .85, vmin=0, interpolation='nearest')
     show_boxes(None, box[None], ax=ax, color=COLOURS[2])
-    at = pixel_centers(h, w)
+    at = pixel_centres(h, w)
     part = weights[((at - box[:2]).abs() <= box[2:] / 2).all(-1)].sum() / weights.sum()
     ax.set_xlabel(f'{part:.0%}', color=INK)
 
@@ -662,8 +662,8 @@ def prepare(given:dict) -> tuple: # (folder, config, state), and where to train:
     given = dict(given)
     folder, resume, threads = Path(given.pop('out')), given.pop('resume'), given.pop('threads')
     check(threads is None or threads > 0, '--threads', threads, 'at least 1')
-    where = check_device(given.pop('device'), given.pop('workers'))
-    writes = check_seconds(given.pop('speed')) is None
+    where = check_device(given.pop('device', 'cpu'), given.pop('workers', 0))
+    writes = check_seconds(given.pop('speed', None)) is None
     state = read_state(folder) if resume else None
     first = state['config'] if resume else with_options({**DEFAULTS, 'vocab': DigitScenes.vocab}, given)
     config = with_options(first, given)

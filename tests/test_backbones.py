@@ -96,6 +96,20 @@ def test_convnet(widths, depth, num_maps):
     sum(m.sum() for m in maps).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
+@pytest.mark.parametrize('dilated', [0, 1, 2, 3])
+def test_dilated_convnet(dilated):
+    "Dilated stages keep the size of the map; every fourth pixel of the first of them is the strided map."
+    a, b = ConvNet((8, 12, 16, 20), num_maps=4).eval(), ConvNet((8, 12, 16, 20), num_maps=4, dilated=dilated).eval()
+    b.load_state_dict(a.state_dict())
+    assert b.strides == [4, 8, 16, 32][:4 - dilated] + [2**(5 - dilated)] * dilated
+    check_backbone(b, torch.randn(2, 3, 64, 96))
+    x = torch.randn(1, 3, 64, 96)
+    for i, (m, n) in enumerate(zip(a(x), b(x))):
+        assert n.shape[2:] == (64 // b.strides[i], 96 // b.strides[i])
+        if i < 4 - dilated: assert_close(n, m)
+        if i == 4 - dilated: assert_close(n[..., ::2, ::2], m)
+
+
 
 def test_every_parameter_gets_a_gradient():
     model = create_backbone('resnet18', out_indices=(0, 2))
@@ -291,6 +305,7 @@ class Lies(nn.Module):
     ('width', lambda: create_backbone('convnet', width=3)),
     ('num_maps', lambda: ConvNet(num_maps=0)),
     ('depth', lambda: ConvNet(depth=0)),
+    ('dilated', lambda: ConvNet(dilated=4)),
     ('widths', lambda: ResNet(widths=(8, 8))),
     ('pretrained', lambda: create_backbone('convnet', pretrained=True)),
     ('pretrained', lambda: create_backbone('resnet18', pretrained='weights.pth')),

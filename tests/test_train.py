@@ -216,6 +216,78 @@ def test_compiled(tmp_path, monkeypatch):
     assert seen
     load_run(tmp_path/'a')
 
+# ---- every model
+
+SMALL = '--dim 16 --heads 2 --queries 8 --encoder-layers 1 --decoder-layers 2 --ffn 16 --widths 8 8 16 --dilated 1 --size 64 --items 8 --valid-items 4 --bs 4 --epochs 2 --threads 1'.split()
+others = pytest.mark.parametrize('model', [o for o in MODELS if o != DEFAULTS['model']])
+
+def names(model): return RUNNING | {'losses.png', 'predictions.png', 'attention.png' if model in T.DENSE else 'points.png'}
+RUNNING = {'model.safetensors', 'config.json', 'metrics.json'}
+
+@others
+def test_every_model(model, tmp_path, capsys, monkeypatch):
+    "Trains, is stopped, goes on to the same weights, draws, and finds digits in a picture."
+    whole, part = tmp_path/'whole', tmp_path/'part'
+    assert main_train([*SMALL, '--model', model, '--out', str(whole)]) is None
+    assert files(whole) == names(model)
+    for name in names(model) - RUNNING:
+        with Image.open(whole/name) as f: assert min(f.size) > 200 and np.asarray(f).std() > 5
+    with monkeypatch.context() as m:
+        stop_in(m, 1)
+        assert main_train([*SMALL, '--model', model, '--out', str(part)]) == 130
+    torch.manual_seed(123); np.random.seed(5)
+    assert main_train(['--resume', '--out', str(part), '--threads', '1']) is None
+    a, b = load_file(part/'model.safetensors'), load_file(whole/'model.safetensors')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    m, n, c = metrics(part), metrics(whole), config(whole)
+    assert m['history'] == n['history'] and len(m['times']) == 2 and m['times'][0] < m['times'][1] <= m['seconds'] + .1
+    assert m['history'][0]['train_loss'] != m['history'][1]['train_loss'] and config(part) == c and set(c) == {*DEFAULTS, 'vocab'}
+    assert ('proposals' in m['history'][0]) == model.endswith('two_stage') and (m['backend'] is None) == (model in T.DENSE)
+    for k in T.UNUSED.get(model, ()): assert c[k] is None
+    assert m['parameters'] == sum(o.numel() for o in build_model(c).parameters())
+    Image.fromarray(DigitScenes(4, 'valid')[1].image).save(tmp_path/'a.png')
+    assert main_detect([str(whole), str(tmp_path/'a.png'), '--threshold', '0']) is None
+    said = json.loads((tmp_path/'a.boxes.json').read_text())['found']
+    assert len(said) == 8 and [o['score'] for o in said] == sorted((o['score'] for o in said), reverse=True)
+
+def test_weights_move(tmp_path):
+    "In every model every part learns, the proposals' network too."
+    for model in MODELS:
+        c = with_options({**DEFAULTS, 'vocab': DigitScenes.vocab}, dict(model=model, dim=16, heads=2, queries=8, decoder_layers=2, ffn=16, widths=[8, 8, 16], size=64, items=8, valid_items=4, bs=4, epochs=2))
+        before = {k: v.clone() for k, v in build_learner(c).model.named_parameters()}
+        train(c, tmp_path, out=io.StringIO(), pictures=False)
+        after = load_file(tmp_path/'model.safetensors')
+        still = [k for k in before if torch.equal(before[k], after[k])]
+        assert not [k for k in still if not k.endswith('bias')], (model, still)
+
+def test_another_model_in_the_same_folder(tmp_path, capsys):
+    "Pictures of the model that was there before do not stay."
+    for model in ('detr', 'deformable_detr', 'dab_detr'):
+        assert main_train([*SMALL, '--epochs', '1', '--model', model, '--out', str(tmp_path)]) is None
+        assert files(tmp_path) == names(model)
+
+def test_options_from_model_to_model():
+    base = {**DEFAULTS, 'vocab': DigitScenes.vocab}
+    dense = with_options(base, dict(model='detr', rates=dict(heads=2.)))
+    assert [dense[k] for k in T.UNUSED['detr']] == [None] * 4 and dense['rates'] == dict(backbone=1., heads=2.)
+    again = with_options(dense, dict(model='deformable_detr', points=3))
+    assert again['points'] == 3 and again['levels'] == DEFAULTS['levels'] and again['rates'] == {**DEFAULTS['rates'], 'heads': 2.}
+    check_config(dense); check_config(again)
+    with pytest.raises(ArgumentError, match='--points'): check_config({**dense, 'points': 2})
+
+@pytest.mark.parametrize('model', ['dab_detr', 'deformable_detr_two_stage'])
+def test_speed(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main_train([*SMALL, '--model', model, '--speed', '.1']) is None
+    assert re.fullmatch(rf'{model}: [\d.]+ images/s in training, [\d.]+ in validation \(cpu, 1 threads\)\n', capsys.readouterr().out)
+    assert not list(tmp_path.iterdir())
+
+def test_workers_change_nothing(tmp_path):
+    c = with_options({**DEFAULTS, 'vocab': DigitScenes.vocab}, dict(model='detr', dim=16, heads=2, queries=8, decoder_layers=1, ffn=16, widths=[8, 8], size=64, items=8, valid_items=4, bs=4, epochs=2))
+    (tmp_path/'a').mkdir(); (tmp_path/'b').mkdir()
+    a, b = train(c, tmp_path/'a', out=io.StringIO(), pictures=False), train(c, tmp_path/'b', out=io.StringIO(), pictures=False, num_workers=1)
+    assert a['history'] == b['history']
+
 # ---- what is refused, before any work
 
 @pytest.fixture
@@ -225,10 +297,14 @@ def idle(monkeypatch):
     monkeypatch.setattr(T, 'train', work)
 
 BAD = [(['--epochs', '0'], '--epochs'), (['--epochs', 'x'], '--epochs'), (['--epochs', '1.5'], '--epochs'), (['--bs', '0'], '--bs'), (['--items', '8', '--bs', '9'], '--items'), (['--lr', '0'], '--lr'),
-       (['--lr', 'nan'], '--lr'), (['--lr', 'inf'], '--lr'), (['--heads', '3'], '--heads'), (['--dim', '18'], '--dim'), (['--dim', '-4'], '--dim'), (['--model', 'detr'], '--model'), (['--seed', '-1'], '--seed'),
+       (['--lr', 'nan'], '--lr'), (['--lr', 'inf'], '--lr'), (['--heads', '3'], '--heads'), (['--dim', '18'], '--dim'), (['--dim', '-4'], '--dim'), (['--model', 'yolo'], '--model'), (['--seed', '-1'], '--seed'),
        (['--widths', '8', '0'], '--widths'), (['--widths'], '--widths'), (['--maps', '5'], '--maps'), (['--levels', '2'], '--levels'), (['--size', '40'], '--size'), (['--pct-start', '1'], '--pct-start'),
        (['--drop', '1'], '--drop'), (['--clip', '0'], '--clip'), (['--moms', '.9', '.9'], '--moms'), (['--rates', 'trunk=1'], '--rates'), (['--rates', 'backbone'], '--rates'), (['--rates', 'backbone=-1'], '--rates'),
-       (['--opt', 'adahessian'], '--opt'), (['--backend', 'fast'], '--backend'), (['--threads', '0'], '--threads'), (['--epoch', '1'], '--epoch'), (['--valid-items', '0'], '--valid-items'), (['more'], 'more')]
+       (['--opt', 'adahessian'], '--opt'), (['--backend', 'fast'], '--backend'), (['--threads', '0'], '--threads'), (['--epoch', '1'], '--epoch'), (['--valid-items', '0'], '--valid-items'), (['more'], 'more'),
+       (['--dilated', '4'], '--dilated'), (['--dilated', '-1'], '--dilated'), (['--digit-px', '20'], '--digit-px'), (['--digit-px', '40', '20'], '--digit-px'), (['--digit-px', '20', '200'], '--size'),
+       (['--max-digits', '-1'], '--max-digits'), (['--device', 'cude'], '--device'), (['--device', 'meta:3x'], '--device'), (['--workers', '-1'], '--workers'), (['--speed', '0'], '--speed'), (['--speed', 'nan'], '--speed'),
+       (['--model', 'deformable_detr_two_stage', '--size', '56', '--queries', '70'], '--queries'),
+       *((['--model', m, *o.split()], o.split()[0]) for m in T.DENSE for o in ('--points 2', '--maps 3', '--levels 3', '--backend native', '--rates offsets=0.1'))]
 
 @pytest.mark.parametrize('args,name', BAD, ids=lambda o: ' '.join(o) if isinstance(o, list) else '')
 def test_bad_options(args, name, tmp_path, capsys, idle):
