@@ -17,7 +17,6 @@ from deformlit.detr import *
 from deformlit.layers import SinePosition
 from deformlit.multiscale import star
 from deformlit.set_loss import SetLoss
-from tables_dab import dab_detr_official      # noqa: adds itself to the tables
 
 class Trunk(nn.Module):
     "The smallest backbone: maps of stride 8 and 16."

@@ -6,7 +6,6 @@ import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 
-import tables_two           # noqa: adds the official names
 from deformlit.backbones import ResNet
 from deformlit.checkpoints import entries, load_weights, to_layout
 from deformlit.core import ArgumentError
