@@ -159,9 +159,11 @@ def _layer_flow(i, calls, marks, boxes, content):
     attention = [_attention_flow(o, marks) for o in calls]
     used = [o[k] for o in calls for k in ('q', 'reference') if o.get(k) is not None]
     def anchors(through): return [m for x in used for m in marks.reached(x, through) if m.kind == 'anchor']
-    def moved(through): return any(o.kind == 'state' for m in anchors(through) for o in marks.reached(m.source, (*through, 'anchor')))
+    def behind(through): return [o for m in anchors(through) for o in [m] + marks.reached(m.source, (*through, 'anchor'))]
+    def moved(through): return any(o.kind == 'state' for o in behind(through))
     anchor = '' if all(o.reference is None for o in attention) else 'fixed'
-    if anchors(('cut',)): anchor = 'moved' if moved(('cut',)) else 'start'
+    if any(o.kind == 'anchor' and o.layer == 0 for o in behind(('cut',))): anchor = 'start'
+    if moved(('cut',)): anchor = 'moved'
     heads = {m.layer for m in marks.reached(boxes, ('anchor',)) if m.kind == 'state'}
     content_cut = i > 0 and not any(m.kind == 'state' for m in marks.reached(content))
     return LayerFlow(attention, anchor, anchor == 'moved' and not moved(()), content_cut, tuple(sorted(heads)), _sources(boxes, marks))
@@ -181,7 +183,7 @@ def _origins(marks, parameters):
     def word(x):
         names, image, cut = _origin(x, marks, parameters)
         if image: return 'proposals of the image' + ', cut' * cut
-        if names: return 'learned' + f": {', '.join(sorted({n.rpartition('.')[2] for n in names}))}" * (x is first.get('where'))
+        if names: return 'learned' + f" ({', '.join(sorted({n.rpartition('.')[2] for n in names}))})" * (x is first.get('where'))
         return 'fixed' if x.any() else 'zeros'
     for kind, name in dict(content='content', position='position', anchor='anchor', where='image position').items():
         x = first.get(kind)
@@ -194,6 +196,7 @@ def _origins(marks, parameters):
     return out
 
 # %% ../nbs/07_flow.ipynb #2882fb1c
+@torch.enable_grad()
 def decoder_flow(
     model:nn.Module, # A detector with `neck`, `encoder`, `queries`, `decoder.layers` and `heads`
     images:Tensor,   # `b c h w`; small ones do
@@ -205,7 +208,7 @@ def decoder_flow(
     _mark_parts(model, marks)
     _note_attentions(model, calls, listener.calls, marks)
     for layer in model.decoder.layers: layer.register_forward_pre_hook(lambda m, args: contents.append(args[0]))
-    with torch.enable_grad(), backend('eager'), listener: boxes = model(images, mask)[1]
+    with backend('eager'), listener: boxes = model(images, mask)[1]
     of = lambda part, i: [o for o in calls if o['part'] == part and o['layer'] == i]
     start = _origins(marks, {n: p for n, p in model.named_parameters() if p.requires_grad})
     encoder = [LayerFlow([_attention_flow(o, marks) for o in of('encoder', i)]) for i in range(len(getattr(model.encoder, 'layers', ())))]
@@ -222,14 +225,14 @@ class Drawing:
     def __repr__(self): return 'Drawing()'
     def _repr_html_(self): return f'<figure style="margin:1em 0;max-width:100%">{self.svg}</figure>'
 
-def _cross(x, y): return f'<path class="cut" d="M{x-5} {y-5}l10 10m0 -10l-10 10" stroke="{COLOURS[6]}" stroke-width="3"/>'
+def _cross(x, y): return f'<path data-sign="cut" d="M{x-5} {y-5}l10 10m0 -10l-10 10" stroke="{COLOURS[6]}" stroke-width="3"/>'
 def _text(x, y, words, more=''): return f'<text x="{x}" y="{y}" {more}>{html.escape(words)}</text>'
 def _box(x, y, w, h, more=''): return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="5" {more}/>'
 def _arrow(x, to, y, name):
-    "From x to the tip, with the class of its source; a dot where it leaves a lane."
+    "From x to the tip, in the colour of its source; a dot where it leaves a lane."
     back = 7 if x > to else -7
     dot = '' if x > to else f'<circle cx="{x}" cy="{y}" r="3" fill="{_HUES[name]}" stroke="none"/>'
-    return f'<path class="from {name}" d="M{x} {y}H{to}m{back} -4L{to} {y}l{back} 4" stroke="{_HUES[name]}" stroke-width="2"/>' + dot
+    return f'<path data-from="{name}" d="M{x} {y}H{to}m{back} -4L{to} {y}l{back} 4" stroke="{_HUES[name]}" stroke-width="2"/>' + dot
 
 # %% ../nbs/07_flow.ipynb #09dabc4a
 class _Page:
@@ -329,7 +332,7 @@ def _draw_ways(page):
     "The way of a box's loss to the box head before, on the right; crossed out where it is cut. Then what the signs mean."
     x = _WIDTH - 12
     for above, below, open_ in page.marks:
-        page.add(f'<path class="loss" d="M{_WIDTH - 36} {below}H{x}V{above}H{_WIDTH - 36}m7 -4l-7 4l7 4" stroke="currentColor" stroke-width="1.5" stroke-dasharray="4 3"/>')
+        page.add(f'<path data-sign="loss" d="M{_WIDTH - 36} {below}H{x}V{above}H{_WIDTH - 36}m7 -4l-7 4l7 4" stroke="currentColor" stroke-width="1.5" stroke-dasharray="4 3"/>')
         if not open_: page.add(_cross(x, (above + below) / 2))
     page.y += 22
     page.add(_cross(page.x + 6, page.y - 4), _text(page.x + 18, page.y, 'the gradient is cut'))
