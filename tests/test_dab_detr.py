@@ -349,25 +349,17 @@ def test_dropout_only_in_training(make):
     assert not torch.equal(model(*given).logits, model(*given).logits)
     model.eval()
     assert torch.equal(model(*given).logits, model(*given).logits)
-    assert torch.equal(*(noisy(make()).train()(*given).logits for _ in range(2))) if False else True
 
 # ---- compiled and exported
 
 @pytest.mark.parametrize('make', ALL)
 def test_one_graph_for_all_sizes(make):
     model = noisy(make()).eval()
-    count = 0
-    def backend(graph, inputs):
-        nonlocal count
-        count += 1
-        from torch._dynamo.backends.debugging import aot_eager
-        return aot_eager(graph, inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
-    with torch.no_grad():
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for h, w in ((64, 96), (96, 128), (160, 96), (80, 112)):
-            for a, b in zip(model(*batch(h, w))[:2], compiled(*batch(h, w))[:2]): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert count == 1, f'{count} graphs'
+            for a, b in zip(compiled(*batch(h, w))[:2], model(*batch(h, w))[:2]): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 @pytest.mark.parametrize('make', [dense, deformable])
 def test_one_graph_of_training(make):
@@ -431,7 +423,6 @@ def test_first_weights_dense():
     assert not model.heads.steps.mlp[-1].weight.any() and not model.heads.steps.mlp[-1].bias.any()
     for w in (model.queries.anchors.logits.weight, model.queries.content.patterns.weight): assert abs(w.std() - 1) < .06 and abs(w.mean()) < .06
     assert a.ffn.act.weight.item() == e.layers[0].ffn.act.weight.item() == .25
-    uniform(LayerScale(6, 256).factors.weight, 10) if False else None
     scaled = AnchorDecoder(2, AnchorPosition(256, 4, LayerScale(6, 256), SizeModulation(256)), dim_ffn=8).position.scale.factors.weight
     uniform(scaled, xavier(6, 256))
     assert not torch.equal(LayerSteps(32, 2).mlps[0][0].weight, LayerSteps(32, 2).mlps[1][0].weight)   # the official heads do not start as copies
@@ -458,7 +449,6 @@ def test_full_size(name):
     "As many parameters as the official model, part by part, and as many names."
     want = json.loads(COUNTS.read_text())[name]
     a, common = want['args'], {}
-    from deformlit.backbones import create_backbone
     with torch.device('meta'):
         common = dict(dim=a['hidden_dim'], num_heads=a['nheads'], num_queries=a['num_queries'], num_encoder_layers=a['enc_layers'], num_decoder_layers=a['dec_layers'], dim_ffn=a['dim_feedforward'], num_patterns=a['num_patterns'])
         assert a['backbone'] == 'resnet50'
