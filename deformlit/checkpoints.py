@@ -80,7 +80,7 @@ decoder.position.mlp.{j}.{p}                  transformer.decoder.ref_point_head
 decoder.position.scale.mlp.{j}.{p}            transformer.decoder.query_scale.layers.{j/2}.{p}
 '''
 
-# %% ../nbs/26_checkpoints.ipynb #8532eb6b
+# %% ../nbs/26_checkpoints.ipynb #d0fd3419
 detr_official = '''
 backbone.{*}                                  backbone.0.body.{*}
 neck.conv.{p}                                 input_proj.{p}
@@ -119,8 +119,7 @@ encoder.layers.{i}.attn.q_proj.{p}            transformer.encoder.layers.{i}.sel
 encoder.layers.{i}.attn.k_proj.{p}            transformer.encoder.layers.{i}.self_attn.in_proj_{p} @0
 encoder.layers.{i}.attn.v_proj.{p}            transformer.encoder.layers.{i}.self_attn.in_proj_{p} @0
 encoder.layers.{i}.attn.out_proj.{p}          transformer.encoder.layers.{i}.self_attn.out_proj.{p}
-encoder.layers.{i}.norm.{p}                   transformer.encoder.layers.{i}.norm1.{p}
-encoder.layers.{i}.ffn.norm.{p}               transformer.encoder.layers.{i}.norm2.{p}
+encoder.layers.{i}.residual{k}.norm.{p}       transformer.encoder.layers.{i}.norm{k}.{p}
 encoder.layers.{i}.ffn.linear{k}.{p}          transformer.encoder.layers.{i}.linear{k}.{p}
 encoder.layers.{i}.ffn.act.weight             transformer.encoder.layers.{i}.activation.weight
 queries.anchors.logits.weight                 refpoint_embed.weight
@@ -197,7 +196,7 @@ queries.query_norm.{p}                        model.pos_trans_norm.{p}
 heads.heads.{i}.classes.{p}                   model.decoder.class_embed.{i}.{p} = class_embed.{i}.{p}?
 '''
 
-# %% ../nbs/26_checkpoints.ipynb #1c89b2f4
+# %% ../nbs/26_checkpoints.ipynb #6d8d7daf
 detr_transformers = '''
 backbone.body.{*}                             model.backbone.model.{*}
 backbone.{*}                                  model.backbone.model.{*}
@@ -228,8 +227,8 @@ backbone.{*}                                  model.backbone.conv_encoder.model.
 neck.conv.{p}                                 model.input_projection.{p}
 encoder.scale.{j}.{p}                         model.encoder.query_scale.layers.{j/2}.{p}
 encoder.layers.{i}.attn.{o}_proj.{p}          model.encoder.layers.{i}.self_attn.{o}_proj.{p}
-encoder.layers.{i}.norm.{p}                   model.encoder.layers.{i}.self_attn_layer_norm.{p}
-encoder.layers.{i}.ffn.norm.{p}               model.encoder.layers.{i}.final_layer_norm.{p}
+encoder.layers.{i}.residual1.norm.{p}         model.encoder.layers.{i}.self_attn_layer_norm.{p}
+encoder.layers.{i}.residual2.norm.{p}         model.encoder.layers.{i}.final_layer_norm.{p}
 encoder.layers.{i}.ffn.linear{k}.{p}          model.encoder.layers.{i}.fc{k}.{p}
 encoder.layers.{i}.ffn.act.weight             model.encoder.layers.{i}.activation_fn.weight
 queries.anchors.logits.weight                 model.query_refpoint_embeddings.weight
@@ -657,7 +656,7 @@ num_levels          num_feature_levels
 num_points          encoder_n_points = decoder_n_points
 '''
 
-# %% ../nbs/26_checkpoints.ipynb #adbdb148
+# %% ../nbs/26_checkpoints.ipynb #63cf7565
 class System(NamedTuple):
     "A factory of ours and what transformers calls the same."
     factory:str  # Name in `FACTORIES`
@@ -666,11 +665,11 @@ class System(NamedTuple):
     words:str    # Table of the other arguments
 
 _same = dict(activation_function='relu', position_embedding_type='sine')
-_deformable = dict(model_type='deformable_detr', **_same)
+_detr, _deformable = dict(model_type='detr', auxiliary_loss=False, **_same), dict(model_type='deformable_detr', **_same)
 _dab = dict(model_type='dab-detr', activation_function='prelu', query_dim=4, keep_query_pos=False, normalize_before=False, sine_position_embedding_scale=None)
 SYSTEMS = [
-    System('detr', dict(position=None), dict(model_type='detr', **_same), detr_words),
-    System('detr', dict(position='LearnedPosition'), dict(model_type='detr', **_same) | dict(position_embedding_type='learned'), detr_words),
+    System('detr', dict(position=None), _detr, detr_words),
+    System('detr', dict(position='LearnedPosition'), _detr | dict(position_embedding_type='learned'), detr_words),
     System('deformable_detr', dict(heads='SharedHead'), _deformable | dict(with_box_refine=False, two_stage=False), deformable_words),
     System('deformable_detr', dict(heads='RefiningHeads'), _deformable | dict(with_box_refine=True, two_stage=False), deformable_words),
     System('two_stage_detr', dict(heads='ProposalHeads'), _deformable | dict(with_box_refine=True, two_stage=True), deformable_words.replace(' num_queries', ' two_stage_num_proposals')),
