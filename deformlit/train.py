@@ -125,10 +125,10 @@ def with_options(config:dict, given:dict) -> dict:
     "A configuration in which the options that were given replace others; what its model does not use becomes None. Raises `ArgumentError` for an option that would change nothing."
     c = {**config, **given, 'rates': {**DEFAULTS['rates'], **config['rates'], **dict(given.get('rates', {}))}}
     unused = UNUSED.get(c['model'], ())
-    for k in unused: check(given.get(k) is None, flag(k), given.get(k), f"no such option: {c['model']} does not use it")
+    for k in unused: check(given.get(k) is None, flag(k), given.get(k), f"nothing: {c['model']} does not use it")
     c |= dict.fromkeys(unused) | {k: DEFAULTS[k] for k in DEFAULTS if k not in unused and c[k] is None}
     if c['model'] in DENSE:
-        check('offsets' not in dict(given.get('rates', {})), '--rates', f"offsets={dict(given.get('rates', {})).get('offsets')}", f"no such group: {c['model']} has no offsets")
+        check('offsets' not in dict(given.get('rates', {})), '--rates', f"offsets={dict(given.get('rates', {})).get('offsets')}", f"nothing: {c['model']} has no offsets")
         del c['rates']['offsets']
     return json.loads(json.dumps(c))                 # as it comes back from a file: lists, no tuples
 
