@@ -35,7 +35,7 @@ def plan(seconds:float, speed:dict, bs:int, valid_items:int) -> dict:
 def arguments(given:dict) -> list:
     "Options as words of the command."
     said = lambda v: [] if v is True else [str(o) for o in (v if isinstance(v, list) else [v])]
-    return [word for k, v in given.items() if v not in (None, False) for word in ('--' + k.replace('_', '-'), *said(v))]
+    return [word for k, v in given.items() if v is not None and v is not False for word in ('--' + k.replace('_', '-'), *said(v))]
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
