@@ -23,6 +23,7 @@ from deformlit.deformable_detr import *
 from deformlit.layers import FrozenBatchNorm2d
 from deformlit.multiscale import MSDeformAttn, ms_deform_attn
 from deformlit.set_loss import FocalLoss, Matcher, SetLoss, cardinality_error, class_error, set_losses
+from tables_two import two_stage_official     # noqa: adds itself to the tables
 from truth import need_native
 
 folder = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).parents[1]/'../shared/golden/A'))
@@ -30,7 +31,7 @@ if not folder.is_dir(): pytest.skip(f'no golden files: {folder} is not a folder 
 
 # Kinds of systems that are not built yet. A kind that is neither here nor in `SYSTEMS` fails.
 PENDING = {
-    'DeformableDETR two_stage', 'DETR', 'DABDETR', 'DABDeformableDETR', 'criterion softmax', 'criterion DAB',
+    'DETR', 'DABDETR', 'DABDeformableDETR', 'criterion softmax', 'criterion DAB',
     'DAT', 'DAttentionBaseline', 'LocalAttention', 'ShiftWindowAttention', 'PyramidAttention', 'NeighborhoodAttention2D',
     'TransformerMLP', 'TransformerMLPWithConv',
     'Dilateformer', 'DilateAttention', 'MultiDilatelocalAttention', 'DilateBlock', 'GlobalBlock',
@@ -140,19 +141,21 @@ def build_position(c, dim):
 ACTS = dict(relu=nn.ReLU, gelu=nn.GELU)
 
 class Deformable(System):
+    two_stage = False
     def __init__(self, config):
         only(config, transformer=any, detr=any, backbone=any, position_embedding=any)
         t = only(config['transformer'], d_model=any, nhead=any, num_encoder_layers=any, num_decoder_layers=any, dim_feedforward=any, dropout=any, activation=any,
-                 return_intermediate_dec=True, num_feature_levels=any, dec_n_points=any, enc_n_points=any, two_stage=False, two_stage_num_proposals=any)
-        d = only(config['detr'], num_classes=any, num_queries=any, num_feature_levels=t['num_feature_levels'], aux_loss=any, with_box_refine=any, two_stage=False)
+                 return_intermediate_dec=True, num_feature_levels=any, dec_n_points=any, enc_n_points=any, two_stage=self.two_stage, two_stage_num_proposals=any)
+        d = only(config['detr'], num_classes=any, num_queries=any, num_feature_levels=t['num_feature_levels'], aux_loss=any, with_box_refine=any, two_stage=self.two_stage)
         dim, levels = t['d_model'], t['num_feature_levels']
         backbone = build_backbone(config['backbone'], (1, 2, 3) if levels > 1 else (3,))
         layer = dict(dim=dim, num_heads=t['nhead'], num_levels=levels, dim_ffn=t['dim_feedforward'], drop=t['dropout'], act=ACTS[t['activation']])
-        heads = RefiningHeads if d['with_box_refine'] else SharedHead
-        self.config, self.model = config, DeformableDETR(backbone,
+        cls, queries, heads = self.parts(t, d)
+        self.config, self.model = config, cls(backbone,
             Neck(backbone.channels, dim, levels, position=build_position(config.get('position_embedding', 'sine'), dim)),
-            Encoder(t['num_encoder_layers'], num_points=t['enc_n_points'], **layer), Queries(d['num_queries'], dim),
+            Encoder(t['num_encoder_layers'], num_points=t['enc_n_points'], **layer), queries,
             Decoder(t['num_decoder_layers'], num_points=t['dec_n_points'], **layer), heads(dim, d['num_classes'], t['num_decoder_layers']))
+    def parts(self, t, d): return DeformableDETR, Queries(d['num_queries'], t['d_model']), RefiningHeads if d['with_box_refine'] else SharedHead
     def __call__(self, mask, sizes, tensors=None, **features):
         model, seen = self.model, {}
         def keep(name, part):
@@ -168,8 +171,8 @@ class Deformable(System):
     def named(self, preds, mask, seen):
         "Everything we saw, under the official names."
         p = self.pyramid = seen['neck'][0]
-        (content, position, reference), = seen['queries']
-        out = dict(memory=seen['encoder'][0], hs=torch.stack(seen['hs']), init_reference=reference, inter_references=torch.stack([o[2] for o in seen['heads']]))
+        reference = self.start(seen['queries'][0]).reference
+        out = dict(memory=seen['encoder'][0], hs=torch.stack(seen['hs']), init_reference=reference, inter_references=torch.stack([o[2] for o in seen['heads'][-len(seen['hs']):]]))
         for i, x in enumerate(seen['backbone'][0]): out |= {f'backbone.feature{i}': x, f'backbone.mask{i}': shrink_mask(mask, x.shape[-2:])}
         out |= {f'pos{i}': x.expand(len(mask), -1, -1, -1) for i, x in enumerate(seen['position'])}
         last = preds.logits.shape[1] - 1
@@ -177,11 +180,26 @@ class Deformable(System):
             prefix = '' if i == last else f'aux_outputs.{i}.'
             out |= {prefix + 'pred_logits': preds.logits[:, i], prefix + 'pred_boxes': preds.boxes[:, i]}
         return out
+    def start(self, queries): return queries
     def masks(self, outputs):
         "Positions of padding are arbitrary in the official code: 1e-6 divides there."
         p, counts = self.pyramid, {'memory': ~self.pyramid.mask[..., None]}
         for i, (m, (h, w)) in enumerate(zip(p.mask.split([h * w for h, w in p.shapes], 1), p.shapes)): counts[f'pos{i}'] = ~m.unflatten(1, (h, w))[:, None]
         return counts
+
+class TwoStage(Deformable):
+    two_stage = True
+    def parts(self, t, d):
+        assert d['with_box_refine'], 'the official two-stage model crashes without box refinement'
+        return TwoStageDETR, ProposalQueries(t['two_stage_num_proposals'], t['d_model']), ProposalHeads
+    def start(self, queries): return queries[0]
+    def named(self, preds, mask, seen):
+        logits, boxes = (o[:, 0] for o in preds.proposals)
+        dead = grid_proposals(seen['neck'][0])[1]
+        best = live_first(logits, dead).topk(min(preds.boxes.shape[2] + 1, logits.shape[1]), 1)
+        return super().named(preds, mask, seen) | {
+            'enc_outputs.pred_logits': logits, 'enc_outputs.pred_boxes': boxes, 'enc_outputs_coord_unact_is_finite': ~dead[..., None].expand(-1, -1, 4),
+            'enc_topk_indices': best.indices[:, :preds.boxes.shape[2]], 'enc_topk_gap': -best.values.diff().max()}
 
 class Criterion(System):
     "The official SetCriterion with its names, out of our loss, matcher and `detect`."
@@ -220,7 +238,7 @@ class Criterion(System):
                 out |= {f'indices.{name}.{image}.src': queries, f'indices.{name}.{image}.tgt': objects}
         return self.loss.weigh(preds, boxes, labels, pairs, num_boxes).sum()
 
-SYSTEMS = {'ms_deform_attn_core_pytorch': Op, 'MSDeformAttn': Module, 'DeformableDETR': Deformable, 'criterion focal': Criterion}
+SYSTEMS = {'ms_deform_attn_core_pytorch': Op, 'MSDeformAttn': Module, 'DeformableDETR': Deformable, 'DeformableDETR two_stage': TwoStage, 'criterion focal': Criterion}
 
 # ---- the comparison
 
