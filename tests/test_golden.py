@@ -8,22 +8,24 @@ import json, os
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest, torch
 from safetensors import safe_open
 from torch import nn
 
-from deformlit import multiscale
+from deformlit import boxes as boxes_, multiscale, set_loss as set_loss_
 from deformlit.backbones import BasicBlock, Bottleneck, ResNet
 from deformlit.boxes import cxcywh_to_xyxy
 from deformlit.checkpoints import entries, load_weights, to_layout
 from deformlit.core import backend, needs_compiler
+from deformlit.anchors import *
+from deformlit.dab_detr import *
 from deformlit.detr import *
 from deformlit.deformable_detr import *
-from deformlit.layers import FrozenBatchNorm2d
+from deformlit.layers import FrozenBatchNorm2d, SinePosition
 from deformlit.multiscale import MSDeformAttn, ms_deform_attn
-from deformlit.set_loss import FocalLoss, Matcher, SetLoss, cardinality_error, class_error, set_losses
-from tables_two import two_stage_official     # noqa: adds itself to the tables
+from deformlit.set_loss import FocalLoss, Matcher, SetLoss, SoftmaxLoss, cardinality_error, class_error, set_losses
 from truth import need_native
 
 folder = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).parents[1]/'../shared/golden/A'))
@@ -31,7 +33,6 @@ if not folder.is_dir(): pytest.skip(f'no golden files: {folder} is not a folder 
 
 # Kinds of systems that are not built yet. A kind that is neither here nor in `SYSTEMS` fails.
 PENDING = {
-    'DETR', 'DABDETR', 'DABDeformableDETR', 'criterion softmax', 'criterion DAB',
     'DAT', 'DAttentionBaseline', 'LocalAttention', 'ShiftWindowAttention', 'PyramidAttention', 'NeighborhoodAttention2D',
     'TransformerMLP', 'TransformerMLPWithConv',
     'Dilateformer', 'DilateAttention', 'MultiDilatelocalAttention', 'DilateBlock', 'GlobalBlock',
@@ -138,7 +139,7 @@ def build_position(c, dim):
     if name in ('learned', 'v3'): return LearnedPosition(dim)
     raise AssertionError(f'unknown position_embedding {c}')
 
-ACTS = dict(relu=nn.ReLU, gelu=nn.GELU)
+ACTS = dict(relu=nn.ReLU, gelu=nn.GELU, selu=nn.SELU, prelu=nn.PReLU)
 
 class Deformable(System):
     two_stage = False
@@ -201,9 +202,77 @@ class TwoStage(Deformable):
             'enc_outputs.pred_logits': logits, 'enc_outputs.pred_boxes': boxes, 'enc_outputs_coord_unact_is_finite': ~dead[..., None].expand(-1, -1, 4),
             'enc_topk_indices': best.indices[:, :preds.boxes.shape[2]], 'enc_topk_gap': -best.values.diff().max()}
 
+def swap(b): return b.transpose(0, 1) # official code of DETR and DAB-DETR has the tokens first
+
+def build_anchors(num_queries, coords, random_xy): return spread(Anchors(num_queries, coords)) if random_xy else Anchors(num_queries, coords)
+
+class DAB(System):
+    def __init__(self, config):
+        only(config, transformer=any, detr=any, backbone=any, position_embedding=any)
+        t = only(config['transformer'], d_model=any, nhead=any, num_queries=any, num_encoder_layers=any, num_decoder_layers=any, dim_feedforward=any, dropout=any, activation=any,
+                 normalize_before=any, return_intermediate_dec=True, query_dim=any, keep_query_pos=any, query_scale_type=any, num_patterns=any, modulate_hw_attn=any, bbox_embed_diff_each_layer=any)
+        dim, layers, coords = t['d_model'], t['num_decoder_layers'], t.get('query_dim', 4)
+        d = only(config['detr'], num_classes=any, num_queries=t['num_queries'], num_dec_layers=layers, aux_loss=any, iter_update=any, query_dim=coords,
+                 bbox_embed_diff_each_layer=t.get('bbox_embed_diff_each_layer', False), random_refpoints_xy=any)
+        backbone = build_backbone(config['backbone'], (3,))
+        layer = dict(dim=dim, num_heads=t['nhead'], dim_ffn=t['dim_feedforward'], drop=t['dropout'], act=ACTS[t['activation']])
+        scale = {'cond_elewise': lambda: ContentScale(dim), 'cond_scalar': lambda: ContentScale(dim, 1), 'fix_elewise': lambda: LayerScale(layers, dim)}[t.get('query_scale_type', 'cond_elewise')]()
+        modulation = SizeModulation(dim) if t.get('modulate_hw_attn', True) else NoModulation()
+        content = PatternContent(t['num_patterns'], dim) if t.get('num_patterns') else EmptyContent(dim)
+        heads = MovingHeads if d.get('iter_update', True) else StayingHeads
+        self.config, self.model = config, DABDETR(backbone, MapNeck(backbone.channels, dim, self.position(config.get('position_embedding'), dim)),
+            ScaledEncoder(t['num_encoder_layers'], norm=nn.LayerNorm if t.get('normalize_before') else nn.Identity, **layer),
+            AnchorQueries(build_anchors(d['num_queries'], coords, d.get('random_refpoints_xy')), content),
+            AnchorDecoder(layers, AnchorPosition(dim, coords, scale, modulation), PositionedCrossAttention if t.get('keep_query_pos') else AnchorCrossAttention, **layer),
+            heads(dim, d['num_classes'], layers, LayerSteps if t.get('bbox_embed_diff_each_layer') else SharedStep))
+    def position(self, c, dim):
+        c = c if isinstance(c, dict) else dict(kind=c or 'sine')
+        if c['kind'] in ('learned', 'v3'): return LearnedPosition(dim)
+        only(c, kind=any, temperatureH=any, temperatureW=any)
+        assert c['kind'] in ('sine', 'v2'), f'unknown position_embedding {c}'
+        return SinePositionYX(dim, c.get('temperatureH', 20), c.get('temperatureW', 20))
+    def __call__(self, mask, sizes, tensors=None, feature0=None):
+        model, seen = self.model, {}
+        def keep(name, part): return part.register_forward_hook(lambda m, args, out: seen.setdefault(name, []).append((args, out)))
+        hooks = [keep(n, getattr(model, n)) for n in ('backbone', 'neck', 'encoder', 'heads')] + [keep('position', model.neck.position)]
+        hooks += [model.heads.norm.register_forward_hook(lambda m, args, out: seen.setdefault('hs', []).append(out))]
+        if feature0 is not None: model.backbone.maps = [feature0]
+        if tensors is None: tensors = torch.zeros(len(mask), 3, *mask.shape[1:], dtype=feature0.dtype)
+        preds = model(tensors, mask)
+        for h in hooks: h.remove()
+        moving = isinstance(model.heads, MovingHeads)
+        out = dict(memory=swap(seen['encoder'][0][1]), hs=torch.stack(seen['hs']), references=torch.stack([args[2] for args, _ in seen['heads']][:None if moving else 1]))
+        for i, x in enumerate(seen['backbone'][0][1]): out |= {f'backbone.feature{i}': x, f'backbone.mask{i}': shrink_mask(mask, x.shape[-2:])}
+        return out | {'pos0': seen['position'][0][1].expand(len(mask), -1, -1, -1)} | named_predictions(preds)
+
+def named_predictions(preds):
+    "Of each layer, under the official names."
+    last = preds.logits.shape[1] - 1
+    return {('' if i == last else f'aux_outputs.{i}.') + n: o[:, i] for i in range(last + 1) for n, o in (('pred_logits', preds.logits), ('pred_boxes', preds.boxes))}
+
+class DABDeformable(System):
+    named, masks, __call__ = Deformable.named, Deformable.masks, Deformable.__call__
+    def start(self, queries): return queries._replace(reference=queries.reference[0])      # the official one has no batch
+    def __init__(self, config):
+        only(config, transformer=any, detr=any, backbone=any, position_embedding=any)
+        t = only(config['transformer'], d_model=any, nhead=any, num_encoder_layers=any, num_decoder_layers=any, dim_feedforward=any, dropout=any, activation=any, return_intermediate_dec=True,
+                 num_feature_levels=any, dec_n_points=any, enc_n_points=any, two_stage=False, two_stage_num_proposals=any, use_dab=True, high_dim_query_update=False, no_sine_embed=False)
+        d = only(config['detr'], num_classes=any, num_queries=any, num_feature_levels=t['num_feature_levels'], aux_loss=any, with_box_refine=any, two_stage=False,
+                 use_dab=True, num_patterns=any, random_refpoints_xy=any)
+        dim, levels, queries = t['d_model'], t['num_feature_levels'], d['num_queries']
+        backbone = build_backbone(config['backbone'], (1, 2, 3) if levels > 1 else (3,))
+        layer = dict(dim=dim, num_heads=t['nhead'], num_levels=levels, dim_ffn=t['dim_feedforward'], drop=t['dropout'], act=ACTS[t['activation']])
+        content = LearnedPatternContent(queries, d['num_patterns'], dim) if d.get('num_patterns') else LearnedContent(queries, dim)
+        heads = RefiningAnchors if d.get('with_box_refine', True) else SharedAnchors
+        self.config, self.model = config, DABDeformableDETR(backbone,
+            Neck(backbone.channels, dim, levels, position=build_position(config.get('position_embedding', 'sine'), dim)), Encoder(t['num_encoder_layers'], num_points=t['enc_n_points'], **layer),
+            AnchorQueries(build_anchors(queries, 4, d.get('random_refpoints_xy')), content),
+            MovingDecoder(t['num_decoder_layers'], ScaledPosition(dim), num_points=t['dec_n_points'], **layer), heads(dim, d['num_classes'], t['num_decoder_layers']))
+
 class Criterion(System):
     "The official SetCriterion with its names, out of our loss, matcher and `detect`."
     matcher_alpha = 0.25                       # the official matcher has its own alpha, whatever the loss has
+    top = 100
     def __init__(self, config):
         c = self.config = only(config, num_queries=any, num_classes=any, num_logits=any, num_aux=any, enc=any, focal_alpha=any,
                                set_cost_class=any, set_cost_bbox=any, set_cost_giou=any, cls_loss_coef=any, bbox_loss_coef=any, giou_loss_coef=any)
@@ -222,10 +291,11 @@ class Criterion(System):
         out['losses.class_error'] = class_error(layers[-1].logits, labels, self.loss.matcher(layers[-1], boxes, labels))[0]
         if 'enc_outputs.pred_boxes' in given:  # the first stage knows one class only: object
             out['total'] = out['total'] + self.group(take('enc_outputs.'), boxes, labels.clamp(max=0), [('enc_outputs', '_enc')], out)
-        found = detect(layers[-1], top=min(100, layers[-1].logits[0].numel()))
-        corners = cxcywh_to_xyxy(found.boxes) * target_sizes.flip(1).repeat(1, 2)[:, None]
-        for i in range(b): out |= {f'postprocess.{i}.scores': found.scores[i], f'postprocess.{i}.labels': found.labels[i], f'postprocess.{i}.boxes': corners[i]}
+        scores, found, at = self.detect(layers[-1])[:3]
+        corners = cxcywh_to_xyxy(at) * target_sizes.flip(1).repeat(1, 2)[:, None]
+        for i in range(b): out |= {f'postprocess.{i}.scores': scores[i], f'postprocess.{i}.labels': found[i], f'postprocess.{i}.boxes': corners[i]}
         return out
+    def detect(self, preds): return detect(preds, top=min(self.top, preds.logits[0].numel()))
     def group(self, preds, boxes, labels, groups, out):
         "Losses of some layers under their official names; returns the weighted sum."
         pairs, num_boxes = self.loss.matcher(preds, boxes, labels), max((labels >= 0).sum().item(), 1)   # `SetLoss.forward` refuses the files' boxes that leave the image
@@ -238,7 +308,71 @@ class Criterion(System):
                 out |= {f'indices.{name}.{image}.src': queries, f'indices.{name}.{image}.tgt': objects}
         return self.loss.weigh(preds, boxes, labels, pairs, num_boxes).sum()
 
-SYSTEMS = {'ms_deform_attn_core_pytorch': Op, 'MSDeformAttn': Module, 'DeformableDETR': Deformable, 'DeformableDETR two_stage': TwoStage, 'criterion focal': Criterion}
+class DABCriterion(Criterion):
+    "The official SetCriterion of DAB-DETR: one alpha for all, and what it logs of places and sizes."
+    def __init__(self, config):
+        only(config, num_select=any, **dict.fromkeys(('num_queries', 'num_classes', 'num_logits', 'num_aux', 'focal_alpha', 'set_cost_class', 'set_cost_bbox', 'set_cost_giou',
+                                                      'cls_loss_coef', 'bbox_loss_coef', 'giou_loss_coef'), any))
+        self.matcher_alpha, self.top = config['focal_alpha'], config['num_select']
+        super().__init__({n: o for n, o in config.items() if n != 'num_select'})
+    def group(self, preds, boxes, labels, groups, out):
+        with self.official_giou(): return self.group_here(preds, boxes, labels, groups, out)
+    def official_giou(self):
+        "The repository of DAB-DETR adds 1e-6 to what GIoU divides by, of parts of the image squared; other official code and ours do not."
+        def giou(a, b):
+            inter, union = boxes_._overlap(a, b)
+            side = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+            hull = side[..., 0] * side[..., 1]
+            return inter / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+        return patch.multiple(set_loss_, paired_giou=giou, generalized_box_iou=lambda a, b: giou(a[..., :, None, :], b[..., None, :, :]))
+    def group_here(self, preds, boxes, labels, groups, out):
+        layers, images, queries, objects = self.loss.matcher(preds, boxes, labels)
+        parts = (preds.boxes[images, layers, queries] - boxes[images, objects]).abs().unflatten(0, (len(groups), -1)).sum(1) / max((labels >= 0).sum().item(), 1)
+        for (name, suffix), (x, y, w, h) in zip(groups, parts.detach()): out |= {f'losses.loss_xy{suffix}': x + y, f'losses.loss_hw{suffix}': w + h}
+        return super().group(preds, boxes, labels, groups, out)
+
+class Dense(System):
+    "DETR."
+    def __init__(self, config):
+        only(config, transformer=any, detr=any, backbone=any, position_embedding=any)
+        t = only(config['transformer'], d_model=any, nhead=any, num_encoder_layers=any, num_decoder_layers=any, dim_feedforward=any, dropout=any, activation=any,
+                 normalize_before=any, return_intermediate_dec=True)
+        d = only(config['detr'], num_classes=any, num_queries=any, aux_loss=any)
+        dim = t['d_model']
+        self.config, self.model = config, detr(d['num_classes'], build_backbone(config['backbone'], (3,)), dim, t['nhead'], d['num_queries'], t['num_encoder_layers'],
+            t['num_decoder_layers'], t['dim_feedforward'], t.get('dropout', 0.1), ACTS[t.get('activation', 'relu')], PreNorm if t.get('normalize_before') else PostNorm,
+            build_position(config.get('position_embedding', 'sine'), dim))
+    def __call__(self, mask, sizes, tensors=None, feature0=None):
+        model, hs = self.model, []
+        if feature0 is not None: model.backbone.maps = [feature0]
+        if tensors is None: tensors = feature0.new_zeros(len(mask), 3, *mask.shape[1:])
+        assert torch.equal(sizes, torch.stack([(~mask[:, :, 0]).sum(1), (~mask[:, 0]).sum(1)], 1))
+        hook = model.decoder.norm.register_forward_hook(lambda m, args, out: hs.append(out))
+        preds, maps, (memory, p) = model(tensors, mask), model.backbone(tensors), model.encode(tensors, mask)
+        hook.remove()
+        as_map = lambda x: x.transpose(1, 2).unflatten(2, p.shapes[0])
+        out = {'hs': torch.stack(hs), 'memory': as_map(memory), 'pos0': as_map(p.position), 'backbone.feature0': maps[0], 'backbone.mask0': p.mask.unflatten(1, p.shapes[0])}
+        for i, (logits, boxes) in enumerate(zip(preds.logits.unbind(1), preds.boxes.unbind(1))):
+            prefix = '' if i == len(hs) - 1 else f'aux_outputs.{i}.'
+            out |= {prefix + 'pred_logits': logits, prefix + 'pred_boxes': boxes}
+        return out
+
+class SoftmaxCriterion(Criterion):
+    "The same of DETR, whose last class is no object."
+    def __init__(self, config):
+        c = self.config = only(config, num_queries=any, num_classes=any, num_logits=any, num_aux=any, eos_coef=any,
+                               set_cost_class=any, set_cost_bbox=any, set_cost_giou=any, cls_loss_coef=any, bbox_loss_coef=any, giou_loss_coef=any)
+        classify = SoftmaxLoss(c['eos_coef'])
+        self.loss = SetLoss(Matcher(classify, c['set_cost_class'], c['set_cost_bbox'], c['set_cost_giou']), classify, c['cls_loss_coef'], c['bbox_loss_coef'], c['giou_loss_coef'])
+    def detect(self, preds):
+        "Official code says one detection for each query, in the order of the queries; ours come best first."
+        found = detect_softmax(preds, preds.logits.shape[2])
+        order = found.queries.argsort(1)
+        assert (found.scores.diff(dim=1) <= 0).all()
+        return [o.gather(1, order) for o in found[:2]] + [found.boxes.gather(1, order[..., None].expand(-1, -1, 4))]
+
+SYSTEMS = {'ms_deform_attn_core_pytorch': Op, 'MSDeformAttn': Module, 'DeformableDETR': Deformable, 'DeformableDETR two_stage': TwoStage, 'criterion focal': Criterion,
+           'DETR': Dense, 'criterion softmax': SoftmaxCriterion, 'DABDETR': DAB, 'DABDeformableDETR': DABDeformable, 'criterion DAB': DABCriterion}
 
 # ---- the comparison
 
@@ -301,7 +435,7 @@ def test_official_weights_round_trip(name):
     f = fixture(name)
     state, model = f.state_dict(), SYSTEMS[f.kind](f.config).model
     report = load_weights(model, state)
-    assert report.layout == 'official' and not report.wrong and len(report.loaded) == len(model.state_dict())
+    assert report.layout == 'official' and not report.wrong and len(report.kept) == len(model.state_dict())
     back = to_layout(model, 'official')
     assert back.keys() == state.keys()
     for n, t in back.items(): assert t.dtype == state[n].dtype and torch.equal(t, state[n]), n
