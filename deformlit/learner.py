@@ -211,7 +211,7 @@ class PlainPredictions(Callback):
     def after_pred(self):
         classes, extra = self.pred[0].shape[-1], getattr(getattr(self.loss_func, 'classify', None), 'extra', 0)
         check(classes == len(self.dls.vocab) + extra, 'model', f'{classes} classes', f'{len(self.dls.vocab) + extra}, for the vocabulary of the data')
-        self.learn.pred = tuple(self.pred)
+        self.learn.pred = tuple(tuple(o) if isinstance(o, tuple) else o for o in self.pred)      # proposals are a pair themselves
     def after_loss(self):
         if not self.training: self.learn.pred = tuple(o[:, -1:] for o in self.pred[:2])
 
@@ -357,7 +357,7 @@ def lr_find(self:DetectorLearner, start_lr=1e-7, end_lr=10, num_it:int=100, **kw
     loss = self.loss_func
     kept = {k: getattr(loss, k) for k in ('nonfinite', 'step') if hasattr(loss, k)}
     with warnings.catch_warnings(), self.added_cbs(TerminateOnNaNCallback()):
-        warnings.filterwarnings('ignore', '`(logits|boxes)` of layer')
+        warnings.filterwarnings('ignore', r'`(proposals\.)?(logits|boxes)` of layer')
         if 'nonfinite' in kept: loss.nonfinite = 'warn'
         try: return Learner.lr_find(self, start_lr, end_lr, num_it, **kwargs)
         except IndexError as e:             # fastai leaves out the first tenth and the last five steps
@@ -394,7 +394,7 @@ def detr_learner(
     splitter, loss_func = Splitter(model), loss_func or loss_of(model)
     if isinstance(loss_func, DetectionLoss) and loss_func.detect is None: loss_func.detect = detect_of(model)
     if isinstance(opt_func, str): opt_func = optimizer(opt_func)
-    if metrics is None: metrics = [LossPart(o) for o in loss_func.weights] + coco_metrics(detect=loss_func.activation)
+    if metrics is None: metrics = [LossPart(o) for o in (*loss_func.weights, *getattr(model, 'extra_losses', ()))] + coco_metrics(detect=loss_func.activation)
     ours = [PlainPredictions(), SetEpoch(), GroupRates({name: rates[name] for name in splitter.named(model)})]
     if clip is not None: ours.append(GradientClip(clip))
     return DetectorLearner(dls, model, loss_func, lr=lr, wd=wd, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=[*ours, *L(cbs)], **kwargs)

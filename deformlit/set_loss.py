@@ -256,7 +256,7 @@ def set_losses(
 
 # %% ../nbs/30_set_loss.ipynb #59cb2e45
 class SetLoss(nn.Module):
-    "Class, L1 and GIoU of matched pairs, summed over the decoder layers: Carion et al. 2020, equation 2, with the weights of Zhu et al. 2021."
+    "Class, L1 and GIoU of matched pairs, summed over the decoder layers, and over the proposals where there are any: Carion et al. 2020, equation 2, with the weights of Zhu et al. 2021."
     def __init__(self,
         matcher=None,           # Default: `Matcher` with the same `classify`
         classify=None,          # Loss and cost of the class; default `FocalLoss()`
@@ -279,21 +279,24 @@ class SetLoss(nn.Module):
         self.step, self.unmatched, self.parts, self.pairs = 0, 0, {}, None
 
     def forward(self,
-        preds,         # (logits `b l q c`, boxes `b l q 4`), for example `Predictions`
+        preds,         # (logits `b l q c`, boxes `b l q 4`), for example `Predictions`; a third entry, such a pair itself, holds proposals
         boxes:Tensor,  # `b m 4`, (cx, cy, w, h) in [0, 1]
         labels:Tensor, # `b m`, -1 = padding
     ) -> Tensor: # A scalar; `b` with `reduction='none'`
-        preds, boxes, labels = [_plain(o) for o in preds[:2]], _plain(boxes), _plain(labels)
+        (preds, *proposals), boxes, labels = _stages(preds), _plain(boxes), _plain(labels)
         counts = check_targets(preds, boxes, labels, preds[0].shape[-1] - self.classify.extra)
         _watch(self, counts, preds[0])
-        try: self.pairs = self.matcher(preds, boxes, labels)
+        stages = [(preds, labels, '')] + [(o, labels.clamp(max=0), 'proposals.') for o in proposals]    # proposals only say "object", as class 0
+        try: stages = [(o, said, _match(self.matcher, o, boxes, said, name)) for o, said, name in stages]
         except NonFinitePredictions as e: return _report(self, e, preds)
+        self.pairs = stages[0][2]
         if self.reduction == 'none':
-            alone = [(slice(i, i + 1), self.pairs.alone(i), max(n, 1)) for i, n in enumerate(counts.tolist())]
-            return torch.stack([self.weigh([o[i] for o in preds], boxes[i], labels[i], pairs, n).sum() for i, pairs, n in alone])
-        weighted = self.weigh(preds, boxes, labels, self.pairs, average_boxes(counts, boxes.device))
-        self.parts = dict(zip(self.weights, weighted[:, -1].detach()), aux=weighted[:, :-1].sum().detach())
-        return weighted.sum()
+            def alone(i, n): return sum(self.weigh([o[i] for o in found], boxes[i], said[i], pairs.alone(i.start), n).sum() for found, said, pairs in stages)
+            return torch.stack([alone(slice(i, i + 1), max(n, 1)) for i, n in enumerate(counts.tolist())])
+        num_boxes = average_boxes(counts, boxes.device)
+        weighted, *first = [self.weigh(o, boxes, said, pairs, num_boxes) for o, said, pairs in stages]
+        self.parts = dict(zip(self.weights, weighted[:, -1].detach()), aux=weighted[:, :-1].sum().detach(), **{'proposals': o.sum().detach() for o in first})
+        return sum((o.sum() for o in first), weighted.sum())
 
     def weigh(self, preds, boxes, labels, pairs, num_boxes) -> Tensor: # `3 l`
         "Weighted class, box and GIoU losses of each layer, in float32 (float64 stays)."
@@ -305,6 +308,18 @@ class SetLoss(nn.Module):
 def _plain(x:Tensor) -> Tensor:
     "`x` without a subclass of Tensor, such as fastai's."
     return x if type(x) is Tensor else x.as_subclass(Tensor)
+
+def _stages(preds):
+    "[logits, boxes] of the decoder, and those of the proposals if there are any."
+    stages = [preds] + [o for o in preds[2:3] if o is not None]
+    return [[_plain(x) for x in o[:2]] for o in stages]
+
+def _match(matcher, preds, boxes, labels, name):
+    "The pairs; trouble with proposals is told as theirs."
+    sizes = check_shape(f'preds.{name}logits', preds[0], 'b l q c', b=len(labels))
+    check_shape(f'preds.{name}boxes', preds[1], 'b l q 4', b=sizes['b'], l=sizes['l'], q=sizes['q'])
+    try: return matcher(preds, boxes, labels)
+    except NonFinitePredictions as e: raise NonFinitePredictions(name + e.name, e.layer, e.image, e.what) from None
 
 def _watch(loss, counts, logits):
     "Count the step, and the objects for which there is no query; warn of these once."

@@ -56,7 +56,6 @@ def test_official(case):
             assert_close(cardinality_error(preds[0], labels)[layer], t[f'output/{case}/losses.cardinality_error{suffix}'])
         if '' in suffixes: assert_close(class_error(preds[0], labels, pairs)[-1], t[f'output/{case}/losses.class_error'])
         total = loss.weigh(preds, boxes, labels, pairs, max(sum(counts), 1)).sum()
-        if case != 'two_images': assert_close(loss(preds, boxes, labels), total)
         return total
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -64,6 +63,18 @@ def test_official(case):
                         [f'aux_outputs.{i}' for i in range(cfg['num_aux'])] + ['main'], [f'_{i}' for i in range(cfg['num_aux'])] + [''])
         if 'enc_outputs.' in leaves: total = total + compare([o[:, None] for o in leaves['enc_outputs.']], labels.clamp(max=0), ['enc_outputs'], ['_enc'])
     near(total, t[f'output/{case}/total'], noise[f'output/{case}/total'])
+    if case != 'two_images':                            # the whole at once: decoder and proposals in one call
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            stacked = [torch.stack(o, 1) for o in zip(*(leaves[h] for h in heads))]
+            if 'enc_outputs.' in leaves: stacked.append(tuple(o[:, None] for o in leaves['enc_outputs.']))
+            whole = loss(stacked, boxes, labels)
+        near(whole, t[f'output/{case}/total'], noise[f'output/{case}/total'])
+        assert_close(sum(loss.parts.values()), whole.detach())
+        if 'enc_outputs.' in leaves:
+            official = sum(w * t[f'output/{case}/losses.loss_{name}_enc'] for name, w in dict(ce=cfg['cls_loss_coef'], bbox=cfg['bbox_loss_coef'], giou=cfg['giou_loss_coef']).items())
+            assert_close(loss.parts['proposals'], official, rtol=1e-4, atol=1e-5)
+            assert torch.autograd.grad(whole, leaves['enc_outputs.'])[0].any()
     (total * t[f'gradw/{case}/total']).backward()
     for h, (logits, found) in leaves.items():
         for name, x in (('logits', logits), ('boxes', found)):
@@ -126,6 +137,71 @@ def test_softmax_in_a_set_loss():
     with pytest.raises(ArgumentError, match='classes 0 to 4'): loss(preds, boxes, torch.full_like(labels, 5))
     assert SoftmaxLoss(0.)(preds[0], torch.full((3, 2, 7), -1)).tolist() == [0., 0.]
     with pytest.raises(ArgumentError, match='eos'): SoftmaxLoss(-1.)
+
+# ---- proposals
+
+def with_proposals(seed, s=11, dtype=torch.float32):
+    preds, boxes, labels = random_batch(seed, dtype=dtype)
+    (logits, found), *_ = random_batch(seed + 100, l=1, q=s, dtype=dtype)
+    return (*preds, (logits, found)), boxes, labels
+
+@pytest.mark.parametrize('seed', range(5))
+def test_proposals_are_paid_for(seed):
+    "The loss is that of the decoder, and that of the proposals with all labels 0, over the same number of boxes."
+    preds, boxes, labels = with_proposals(seed)
+    both, alone = SetLoss(), SetLoss()
+    total = both(preds, boxes, labels)
+    assert torch.equal(both((*preds[:2], None), boxes, labels), alone(preds[:2], boxes, labels)) and 'proposals' not in both.parts
+    binary = alone(preds[2], boxes, labels.clamp(max=0))
+    both(preds, boxes, labels)
+    assert_close(both.parts['proposals'], binary)
+    assert_close(total, alone(preds[:2], boxes, labels) + binary)
+    assert_close(sum(both.parts.values()), total)
+    each = SetLoss(reduction='none')(preds, boxes, labels)
+    for i in range(3):
+        one = [o[i:i+1] for o in preds[:2]] + [tuple(o[i:i+1] for o in preds[2])]
+        assert_close(each[i], alone(one, boxes[i:i+1], labels[i:i+1]))
+
+def test_proposals_get_a_gradient():
+    preds, boxes, labels = with_proposals(1, dtype=torch.float64)
+    leaves = [o.requires_grad_() for o in preds[2]]
+    SetLoss()(preds, boxes, labels).backward()
+    assert leaves[0].grad.any(-1).all() and leaves[0].grad[..., 1:].gt(0).all()     # every token learns silence in all classes but 0
+    found = leaves[1].grad.any(-1)[:, 0].sum(1)
+    assert found.tolist() == (labels >= 0).sum(1).tolist()                          # one box for each object
+
+def test_nothing_to_propose():
+    preds, boxes, labels = with_proposals(2)
+    loss = SetLoss()
+    assert loss(preds, boxes, labels.clamp(max=-1)).isfinite() and loss(preds, torch.zeros(3, 0, 4), torch.zeros(3, 0, dtype=torch.long)).isfinite()
+    assert loss.parts['proposals'] > 0 and loss.parts['box'] == 0
+
+@pytest.mark.parametrize('where', [0, 1])
+def test_nonfinite_proposals_are_named(where):
+    preds, boxes, labels = with_proposals(3)
+    bad = preds[2][where].clone()
+    bad[2, 0, 4, 0] = math.nan
+    broken = (*preds[:2], tuple(bad if i == where else o for i, o in enumerate(preds[2])))
+    with pytest.raises(NonFinitePredictions) as e: SetLoss()(broken, boxes, labels)
+    name = f"proposals.{('logits', 'boxes')[where]}"
+    assert e.value.name == name and f'`{name}` of layer 0, image 2' in str(e.value)
+    assert str(pickle.loads(pickle.dumps(e.value))).startswith(f'`{name}` of layer 0, image 2')
+    with pytest.warns(UserWarning, match=name): assert SetLoss(nonfinite='warn')(broken, boxes, labels).isnan()
+    with pytest.warns(UserWarning, match=name): assert SetLoss(nonfinite='warn', reduction='none')(broken, boxes, labels).isnan().all()
+
+def test_odd_proposals_are_refused():
+    preds, boxes, labels = with_proposals(4)
+    with pytest.raises(ArgumentError, match='preds.proposals.boxes'): SetLoss()((*preds[:2], (preds[2][0], preds[2][1][:, :, :3])), boxes, labels)
+    with pytest.raises(ArgumentError, match='preds.proposals.logits'): SetLoss()((*preds[:2], (preds[2][0][:1], preds[2][1][:1])), boxes, labels)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_proposals_in_reduced_precision(dtype):
+    preds, boxes, labels = with_proposals(5)
+    small = [o.to(dtype).requires_grad_() for o in (*preds[:2], *preds[2])]
+    with torch.autocast('cpu', torch.bfloat16): total = SetLoss()((*small[:2], small[2:]), boxes, labels)
+    assert total.dtype == torch.float32
+    total.backward()
+    assert all(o.grad.isfinite().all() and o.grad.any() for o in small)
 
 # ---- matching
 
