@@ -496,8 +496,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'deformlit/deformable_detr.py'),
                                            'deformlit.deformable_detr.own_places': ( 'deformable_detr.html#own_places',
                                                                                      'deformlit/deformable_detr.py'),
-                                           'deformlit.deformable_detr.precisely': ( 'deformable_detr.html#precisely',
-                                                                                    'deformlit/deformable_detr.py'),
                                            'deformlit.deformable_detr.proposals_loop': ( 'deformable_detr.html#proposals_loop',
                                                                                          'deformlit/deformable_detr.py'),
                                            'deformlit.deformable_detr.show_proposals': ( 'deformable_detr.html#show_proposals',
