@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import pytest, torch
 from torch.testing import assert_close
 
-import tables_two           # noqa: adds the official names
 from deformlit.backbones import ResNet
 from deformlit.checkpoints import entries, load_weights, to_layout
 from deformlit.core import ArgumentError
