@@ -11,7 +11,7 @@ __all__ = ['SinePositionYX', 'start_xavier', 'ScaledEncoder', 'Anchors', 'spread
            'ScaledPosition', 'MovingDecoder', 'RefiningAnchors', 'SharedAnchors', 'ProposalAnchors',
            'DABDeformableDETR', 'dab_deformable_detr', 'TwoStageDABDeformableDETR', 'two_stage_dab_deformable_detr']
 
-# %% ../nbs/25_dab_detr.ipynb #89d37e03
+# %% ../nbs/25_dab_detr.ipynb #d092b285
 import math
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -25,7 +25,7 @@ from .anchors import *
 from .detr import *
 from .deformable_detr import *
 
-# %% ../nbs/25_dab_detr.ipynb #ebdc3aa0
+# %% ../nbs/25_dab_detr.ipynb #bc21db68
 class SinePositionYX(nn.Module):
     "`SinePosition` with a temperature for each axis."
     def __init__(self, dim:int, temperature_y:float=20., temperature_x:float=20.): # Features, a multiple of 4; how much slower the slowest feature is
@@ -34,7 +34,7 @@ class SinePositionYX(nn.Module):
     def forward(self, mask): # `b h w`, True = padding -> `b dim h w`
         return torch.cat([self.y(mask).chunk(2, 1)[0], self.x(mask).chunk(2, 1)[1]], 1)
 
-# %% ../nbs/25_dab_detr.ipynb #8b4e3a95
+# %% ../nbs/25_dab_detr.ipynb #8110a4e4
 def start_xavier(part:nn.Module):
     "Every matrix starts Xavier-uniform, as in official code."
     for m in part.modules():
@@ -58,7 +58,7 @@ class ScaledEncoder(DenseEncoder):
         for layer in self.layers: x = layer(x, p.position * self.scale(x), p.mask)
         return self.norm(x)
 
-# %% ../nbs/25_dab_detr.ipynb #942b8db9
+# %% ../nbs/25_dab_detr.ipynb #483d64e9
 class Anchors(nn.Module):
     "Learned anchors: the logits of points or boxes."
     def __init__(self,
@@ -76,7 +76,7 @@ def spread(anchors:Anchors):
     with torch.no_grad(): anchors.logits.weight[:, :2] = inverse_sigmoid(torch.rand_like(anchors.logits.weight[:, :2]), 1e-3)
     return anchors
 
-# %% ../nbs/25_dab_detr.ipynb #776f2602
+# %% ../nbs/25_dab_detr.ipynb #7fb81020
 class FixedAnchors(nn.Module):
     "Anchors whose centres are spread evenly and stay where they are; only their sizes are learned."
     def __init__(self,
@@ -88,7 +88,7 @@ class FixedAnchors(nn.Module):
         self.wh = nn.Parameter(wh.contiguous())
     def forward(self): return torch.cat([self.xy, self.wh], 1).sigmoid() # `q 4`, in [0, 1]
 
-# %% ../nbs/25_dab_detr.ipynb #1ae381b2
+# %% ../nbs/25_dab_detr.ipynb #6b11f985
 class EmptyContent(nn.Module):
     "Queries that know nothing but their place."
     def __init__(self, dim:int): # Channels
@@ -106,7 +106,7 @@ class PatternContent(EmptyContent):
         self.patterns = nn.Embedding(num_patterns, dim)
     def forward(self, anchors): return self.patterns.weight.repeat_interleave(len(anchors), 0) # `q 4` -> `p*q c`
 
-# %% ../nbs/25_dab_detr.ipynb #a154cc93
+# %% ../nbs/25_dab_detr.ipynb #2070a849
 class LearnedContent(nn.Module):
     "Each query starts with a content of its own."
     def __init__(self,
@@ -124,7 +124,7 @@ class LearnedPatternContent(LearnedContent):
         self.patterns = nn.Embedding(num_patterns, dim)
     def forward(self, anchors): return (self.patterns.weight[:, None] + self.content.weight).flatten(0, 1) # `q 4` -> `p*q c`
 
-# %% ../nbs/25_dab_detr.ipynb #f3fb0ab8
+# %% ../nbs/25_dab_detr.ipynb #b884fe44
 class AnchorQueries(nn.Module):
     "Queries that are anchors, each with a content to start from."
     def __init__(self, anchors, content): # Gives `q 4`; from that gives `m*q c`, for m queries at each anchor
@@ -136,7 +136,7 @@ class AnchorQueries(nn.Module):
         anchors = anchors.repeat(len(content) // len(anchors), 1)
         return Start(*(o if o is None else o.expand(len(memory), -1, -1) for o in (content, None, anchors)))
 
-# %% ../nbs/25_dab_detr.ipynb #864399ab
+# %% ../nbs/25_dab_detr.ipynb #5f230c98
 class AnchorPosition(nn.Module):
     "What the anchors say to a decoder layer: a position for the queries, and the features of a place for the pixels."
     def __init__(self,
@@ -154,7 +154,7 @@ class AnchorPosition(nn.Module):
         place = sines[..., :self.dim] * self.scale(i, x)
         return self.mlp(sines), self.modulation(place, x, anchors)
 
-# %% ../nbs/25_dab_detr.ipynb #4618c671
+# %% ../nbs/25_dab_detr.ipynb #424dd460
 class AnchorSelfAttention(nn.Module):
     "Queries read each other; content and position have projections of their own, and are added."
     def __init__(self,
@@ -176,7 +176,7 @@ class AnchorSelfAttention(nn.Module):
         out = F.scaled_dot_product_attention(*self.queries_keys(x, position), self.split(self.v_proj(x)), dropout_p=drop)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-# %% ../nbs/25_dab_detr.ipynb #50e46d27
+# %% ../nbs/25_dab_detr.ipynb #6cf08f0c
 class AnchorCrossAttention(nn.Module):
     "Queries read pixels; each head has content and place one behind the other, so that their products add up: DAB-DETR, section 4.2."
     def __init__(self, dim=256, num_heads=8, attn_drop=0.): # as in `AnchorSelfAttention`
@@ -207,7 +207,7 @@ class PositionedCrossAttention(AnchorCrossAttention):
     def content(self, x, position, memory, k_place):
         return self.q_content(x) + self.q_position(position), self.k_content(memory) + k_place
 
-# %% ../nbs/25_dab_detr.ipynb #0c2dee02
+# %% ../nbs/25_dab_detr.ipynb #c83702ae
 class AnchorDecoderLayer(nn.Module):
     "Queries talk to each other, then read all pixels, then think."
     def __init__(self, cross_attn, dim=256, num_heads=8, dim_ffn=2048, drop=0., act=nn.PReLU): # class of the cross-attention; rest as in `DenseEncoderLayer`
@@ -220,7 +220,7 @@ class AnchorDecoderLayer(nn.Module):
         x = self.norm2(x + self.drop2(self.cross_attn(x, position, place, memory, p)))
         return self.ffn(x)
 
-# %% ../nbs/25_dab_detr.ipynb #6e33c574
+# %% ../nbs/25_dab_detr.ipynb #8f5f6f27
 class AnchorDecoder(nn.Module):
     "Before each layer the anchors say where to look; after it the heads say how to move them."
     def __init__(self,
@@ -249,7 +249,7 @@ class AnchorDecoder(nn.Module):
             logits.append(l); boxes.append(box)
         return Predictions(torch.stack(logits, 1), torch.stack(boxes, 1))
 
-# %% ../nbs/25_dab_detr.ipynb #c0f21208
+# %% ../nbs/25_dab_detr.ipynb #29d8a0fa
 def zero_start(mlp:MLP):
     "Let the last layer say 0, whatever comes."
     nn.init.zeros_(mlp[-1].weight); nn.init.zeros_(mlp[-1].bias)
@@ -269,7 +269,7 @@ class LayerSteps(nn.Module):
         self.mlps = nn.ModuleList(zero_start(MLP(dim, dim, 4, 3)) for _ in range(num_layers))
     def forward(self, i, x): return precisely(self.mlps[i], x) # layer, `b q c` -> `b q 4`, in logits
 
-# %% ../nbs/25_dab_detr.ipynb #2244237a
+# %% ../nbs/25_dab_detr.ipynb #cabefdd0
 class AnchorHeads(nn.Module):
     "Class and box after each layer. A subclass has `step(i, x)`, and says what becomes of the anchors."
     def __init__(self,
@@ -303,7 +303,7 @@ class MovingHeads(AnchorHeads):
     def seen(self, i, reference): return reference.detach() if i else reference
     def moved(self, i, x, reference): return move_anchor(self.seen(i, reference), self.step(i, x))[..., :reference.shape[-1]]
 
-# %% ../nbs/25_dab_detr.ipynb #b8db27d6
+# %% ../nbs/25_dab_detr.ipynb #da0257ef
 class DABDETR(Detector):
     "DAB-DETR (Liu et al. 2022): a `Detector` with dense attention whose queries are anchors."
     loss = dict(classify='focal', class_cost=2., class_weight=1.)
@@ -331,7 +331,7 @@ def dab_detr(
                    AnchorQueries(anchors or Anchors(num_queries), content), AnchorDecoder(num_decoder_layers, position, **layer),
                    heads(dim, num_classes, num_decoder_layers))
 
-# %% ../nbs/25_dab_detr.ipynb #ba57d734
+# %% ../nbs/25_dab_detr.ipynb #95902609
 def show_anchors(
     model:Detector, # Any whose queries have references
     image:Tensor,   # `3 h w`, as the model wants it
@@ -339,6 +339,7 @@ def show_anchors(
     photo=None,     # What to draw on, if the image is normalised
     ax=None,        # Axis to draw on
     title:str=None, # Title
+    notes:bool=True,# Explain the colours?
 ):
     "The way of one query's anchor: where it starts, and the box after each layer, in the colours of the layers; returns the axis."
     preds, steps = layer_steps(model, image[None].to(next(model.parameters()).device))
@@ -351,10 +352,10 @@ def show_anchors(
         if len(box) == 4: show_boxes(None, box[None], ax=ax, color=colour)
         ax.plot(*box[:2], 'o', ms=6, color=colour, mec='white', zorder=6, label='start' if i == 0 else f'layer {i - 1}')
     ax.plot(*torch.stack([o[:2] for o in way]).T, color='white', lw=1, zorder=5)
-    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.02), ncols=4, fontsize=8, frameon=False, labelcolor=INK, handletextpad=.1, columnspacing=.8)
+    if notes: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.02), ncols=4, fontsize=8, frameon=False, labelcolor=INK, handletextpad=.1, columnspacing=.8)
     return ax
 
-# %% ../nbs/25_dab_detr.ipynb #6a8c9885
+# %% ../nbs/25_dab_detr.ipynb #6e3a2ee8
 @torch.no_grad()
 def modulated_weights(
     model:DABDETR,
@@ -377,7 +378,7 @@ def modulated_weights(
     weights = layers[layer].cross_attn.weights
     return weights(x, position, place, memory, p), weights(x, position, calls[at - 1], memory, p), preds
 
-# %% ../nbs/25_dab_detr.ipynb #ff771d1e
+# %% ../nbs/25_dab_detr.ipynb #70eb47e9
 def show_modulation(
     model:DABDETR,
     image:Tensor,  # `3 h w`, as the model wants it
@@ -401,7 +402,7 @@ def show_modulation(
         show_boxes(None, steps[layer].reference[0, query, None], ax=ax, color='white')
     return axes
 
-# %% ../nbs/25_dab_detr.ipynb #39586864
+# %% ../nbs/25_dab_detr.ipynb #58db6fa4
 def finest_level(reference, ratios): # `b q 4`, `b l 2` -> `b q 4`
     "Anchors in parts of the first level's padded map: what official code encodes, which depends on the padding."
     return on_levels(reference, ratios[:, :1])[:, :, 0]
@@ -410,7 +411,7 @@ def in_image(reference, ratios): # `b q 4`, `b l 2` -> `b q 4`
     "Anchors in parts of the image, whatever the padding."
     return reference
 
-# %% ../nbs/25_dab_detr.ipynb #93e8e932
+# %% ../nbs/25_dab_detr.ipynb #9222f344
 class ScaledPosition(nn.Module):
     "What the anchors say to a deformable layer: a position for the queries, scaled by their content."
     def __init__(self,
@@ -425,7 +426,7 @@ class ScaledPosition(nn.Module):
     def forward(self, i, x, reference, ratios): # layer, `b q c`, `b q 4`, `b l 2` -> `b q c`
         return self.scale(i, x) * self.mlp(anchor_encoding(self.where(reference, ratios), self.dim, self.temperature))
 
-# %% ../nbs/25_dab_detr.ipynb #ca9aac0d
+# %% ../nbs/25_dab_detr.ipynb #a86ca5bf
 class MovingDecoder(Decoder):
     "The decoder of Deformable DETR, with positions that follow the anchors from layer to layer."
     def __init__(self, num_layers, position, **layer): # As in `Decoder`; such as `ScaledPosition`; to each `DecoderLayer`
@@ -455,7 +456,7 @@ class SharedAnchors(SharedHead):
 class ProposalAnchors(RefiningAnchors, ProposalHeads):
     "`ProposalHeads` with the inverse sigmoid of the DAB models."
 
-# %% ../nbs/25_dab_detr.ipynb #84e15c03
+# %% ../nbs/25_dab_detr.ipynb #0281e8cb
 class DABDeformableDETR(DeformableDETR):
     "DAB-Deformable-DETR: Deformable DETR whose queries are anchors, with a position computed anew for each layer."
     loss = DABDETR.loss
@@ -484,7 +485,7 @@ def dab_deformable_detr(
                              AnchorQueries(anchors or Anchors(num_queries), content), MovingDecoder(num_decoder_layers, ScaledPosition(dim), **layer),
                              heads(dim, num_classes, num_decoder_layers))
 
-# %% ../nbs/25_dab_detr.ipynb #00085fe0
+# %% ../nbs/25_dab_detr.ipynb #f7be6da9
 class TwoStageDABDeformableDETR(TwoStageDETR):
     "DAB-Deformable-DETR whose anchors are proposals of the encoder."
     loss = DABDETR.loss
