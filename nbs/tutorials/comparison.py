@@ -101,6 +101,7 @@ class Comparison:
         for idea, a, b in IDEAS:
             if a not in self.runs or b not in self.runs: continue
             p, q = self.runs[a], self.runs[b]
+            if max(p.score(column), q.score(column)) < .05: continue         # both have hardly begun: nothing to compare
             d, faster = q.score(column) - p.score(column), q.rate / p.rate
             what = 'no difference that one seed could show' if abs(d) < NOISE else f"{'a gain' if d > 0 else 'a loss'} of {abs(d):.3f}"
             said.append(f"{idea[0].upper() + idea[1:]} ({name(a)} → {name(b)}): {what}, at {faster:.2f} times the scenes per second.")
