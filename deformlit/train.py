@@ -140,7 +140,7 @@ def build_model(
     c = config
     check_config(c)
     backbone = create_backbone('convnet', widths=tuple(c['widths']), depth=c['depth'], num_maps=c['maps'] or 1, dilated=c['dilated'])
-    backbone = backbone.to(memory_format=torch.channels_last)      # what a CPU's convolutions like
+    if min(c['widths']) >= 16: backbone = backbone.to(memory_format=torch.channels_last)      # what a CPU's convolutions like; with fewer channels some of torch's crash
     sampling = {} if c['model'] in DENSE else dict(num_levels=c['levels'], num_points=c['points'], groups=math.gcd(32, c['dim']))
     return MODELS[c['model']](
         len(c['vocab']), backbone, dim=c['dim'], num_heads=c['heads'], num_queries=c['queries'], num_encoder_layers=c['encoder_layers'],
