@@ -9,7 +9,7 @@ __all__ = ['detect_softmax_loop', 'positioned_attention_loop', 'LearnedPosition'
            'check_images', 'Detector', 'DETR', 'detr', 'Reading', 'record_attention', 'show_attention']
 
 # %% ../nbs/23_detr.ipynb #647e0f7e
-import contextlib, inspect, math
+import contextlib, importlib, inspect, math
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -301,6 +301,13 @@ class Detector(nn.Module):
         mask = check_images(images, mask)
         p = self.neck(self.backbone(images), mask)
         return self.encoder(p), p
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        "A detector of this class from a folder or the hub; `from_pretrained` of [checkpoints](26_checkpoints.ipynb) says the rest."
+        return importlib.import_module('deformlit.checkpoints').from_pretrained(cls, *args, **kwargs)
+    def save_pretrained(self, *args, **kwargs):
+        "Write a folder for `from_pretrained`; `save_pretrained` of [checkpoints](26_checkpoints.ipynb) says the rest."
+        return importlib.import_module('deformlit.checkpoints').save_pretrained(self, *args, **kwargs)
 
 # %% ../nbs/23_detr.ipynb #ca7aa7fc
 class DETR(Detector):
