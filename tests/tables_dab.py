@@ -1,4 +1,5 @@
 """Official names of the tensors of DAB-DETR and DAB-Deformable-DETR, as tables of `deformlit.checkpoints`: our name, then theirs."""
+import tables_two      # noqa: first, for a class that descends from another comes before it
 from deformlit.checkpoints import TABLES
 from deformlit.dab_detr import DABDETR, DABDeformableDETR, TwoStageDABDeformableDETR
 
