@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['on_levels', 'encoder_reference_loop', 'own_places', 'encoder_reference', 'Neck', 'EncoderLayer', 'Encoder',
            'DecoderLayer', 'precisely', 'Queries', 'Head', 'start_small', 'step', 'SharedHead', 'RefiningHeads',
-           'Decoder', 'DeformableDETR', 'deformable_detr', 'proposals_loop', 'grid_proposals', 'live_first',
-           'class_zero', 'ProposalQueries', 'ProposalHeads', 'TwoStagePredictions', 'TwoStageDETR', 'two_stage_detr']
+           'Decoder', 'DeformableDETR', 'deformable_detr', 'LayerStep', 'layer_steps', 'show_references',
+           'proposals_loop', 'grid_proposals', 'live_first', 'class_zero', 'ProposalQueries', 'ProposalHeads',
+           'TwoStagePredictions', 'TwoStageDETR', 'two_stage_detr', 'show_proposals']
 
 # %% ../nbs/24_deformable_detr.ipynb #f81636c9
-import copy, math
+import contextlib, copy, math
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -20,6 +21,7 @@ from .layers import *
 from .attend import *
 from .multiscale import *
 from .detr import *
+from .show import COLOURS, INK, panels, record_points, show_boxes, show_image, show_points
 
 # %% ../nbs/24_deformable_detr.ipynb #1f9724cc
 def on_levels(
@@ -280,6 +282,57 @@ def deformable_detr(
     return DeformableDETR(backbone, Neck(backbone.channels, dim, num_levels, groups), Encoder(num_encoder_layers, **layer), Queries(num_queries, dim),
                           Decoder(num_decoder_layers, **layer), heads(dim, num_classes, num_decoder_layers))
 
+# %% ../nbs/24_deformable_detr.ipynb #ed910d96
+class LayerStep(NamedTuple):
+    "A decoder layer: where its queries started, what they said then, and what they read."
+    reference:Tensor   # `b q 2` or `b q 4`, before the layer, in [0,1] of the image
+    boxes:Tensor       # `b q 4`, said after it
+    look:object = None # `Look` of its cross attention; None where that is dense
+
+@contextlib.contextmanager
+def _quiet(model):
+    "As in use: no dropout, no gradients."
+    was = model.training
+    try:
+        with torch.no_grad(): yield model.eval()
+    finally: model.train(was)
+
+def layer_steps(
+    model:Detector, # Any whose queries have references
+    images:Tensor,  # `b 3 h w`, as the model wants them
+    mask=None,      # `b h w`, True = padding
+) -> tuple:         # Predictions, and a `LayerStep` for each decoder layer
+    "Run a detector and keep what its decoder did, layer by layer."
+    told, sparse = [], any(callable(getattr(m, 'look', None)) for m in model.modules())
+    hook = model.heads.register_forward_hook(lambda m, args, out: told.append((args[0], args[2], out[1])))
+    try:
+        with _quiet(model), record_points(model) if sparse else contextlib.nullcontext([]) as seen: preds = model(images, mask)
+    finally: hook.remove()
+    told, seen = [o for o in told if o[0] >= 0], [o for o in seen if 'cross_attn' in o.name]
+    check(told[0][1] is not None, 'model', type(model).__name__, 'a detector whose queries have references')
+    return preds, [LayerStep(reference, boxes, seen[i] if seen else None) for i, reference, boxes in told]
+
+# %% ../nbs/24_deformable_detr.ipynb #304a93bd
+def show_references(
+    model:Detector, # Any whose queries have references
+    image:Tensor,   # `3 h w`, as the model wants it
+    query=None,     # Which query; None: the one with the best detection
+    photo=None,     # What to draw on, if the image is normalised
+    axes=None,      # As many as there are decoder layers
+    size:float=16,  # Area of the largest mark
+):
+    "One query, layer by layer: its reference (green), the points it reads, and the box it says then (orange), the next layer's reference with refinement. Returns the axes."
+    preds, steps = layer_steps(model, image[None].to(next(model.parameters()).device))
+    if query is None: query = int(model.detect(preds, 1).queries[0, 0])
+    photo, (h, w) = image if photo is None else photo, image.shape[1:]
+    axes = panels(len(steps), size=(3.1, 3.1 * h / w + .2)) if axes is None else axes
+    for i, (ax, o) in enumerate(zip(axes if hasattr(axes, '__len__') else [axes], steps)):
+        points, weights = (torch.zeros(0, 2), None) if o.look is None else (o.look.points[0, query], o.look.weights[0, query])
+        show_points(photo, points, weights, o.reference[0, query], ax=ax, title=f'query {query}, decoder layer {i}', size=size, notes=False)
+        show_boxes(None, o.boxes[0, query, None], ax=ax, color=COLOURS[0])
+        for patch in ax.patches[-2:]: patch.set_zorder(5)
+    return axes
+
 # %% ../nbs/24_deformable_detr.ipynb #b00f9bff
 def proposals_loop(
     shapes,           # (h, w) of each level
@@ -390,3 +443,26 @@ def two_stage_detr(
     "Two-stage Deformable DETR of the paper's size."
     m = deformable_detr(num_classes, backbone, lambda *_: heads(dim, num_classes, num_decoder_layers), dim, num_queries=1, num_decoder_layers=num_decoder_layers, **sizes)
     return TwoStageDETR(m.backbone, m.neck, m.encoder, ProposalQueries(num_queries, dim), m.decoder, m.heads)
+
+# %% ../nbs/24_deformable_detr.ipynb #be265800
+def show_proposals(
+    model:TwoStageDETR, # Or any detector whose `queries` are a `ProposalQueries`
+    image:Tensor,       # `3 h w`, as the model wants it
+    top:int=10,         # How many
+    photo=None,         # What to draw on, if the image is normalised
+    ax=None,            # Axis to draw on
+    title:str=None,     # Title
+):
+    "The best proposals of the first stage with their scores, coloured by level; returns the axis."
+    check(isinstance(model.queries, ProposalQueries), 'model', type(model).__name__, 'a two-stage detector')
+    with _quiet(model):
+        memory, p = model.encode(image[None].to(next(model.parameters()).device))
+        logits, boxes = (o[:, 0] for o in model.queries(memory, p, model.heads)[1])
+        rank = model.queries.rank(logits, (boxes == 1).all(-1))[0]
+    best = rank.topk(min(top, len(rank))).indices
+    level = torch.cat([torch.full((h * w,), l) for l, (h, w) in enumerate(p.shapes)])[best.cpu()]
+    ax = show_image(image if photo is None else photo, ax, title)
+    for i, l in enumerate(level.tolist()): show_boxes(None, boxes[0, best[i], None], scores=logits[0, best[i], :1].sigmoid(), ax=ax, color=COLOURS[l % len(COLOURS)])
+    for l in level.unique().tolist(): ax.plot([], [], color=COLOURS[l % len(COLOURS)], lw=3, label=f'level {l + 1}')
+    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.02), ncols=4, fontsize=8, frameon=False, labelcolor=INK)
+    return ax

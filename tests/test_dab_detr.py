@@ -17,7 +17,6 @@ from deformlit.detr import *
 from deformlit.layers import SinePosition
 from deformlit.multiscale import star
 from deformlit.set_loss import SetLoss
-import tables_dab      # noqa: its tables join `TABLES`
 
 class Trunk(nn.Module):
     "The smallest backbone: maps of stride 8 and 16."

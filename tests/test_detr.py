@@ -7,7 +7,6 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-import tables_detr                                       # noqa: its table joins `TABLES`
 from deformlit.attend import MultiheadAttention
 from deformlit.backbones import Bottleneck, ResNet
 from deformlit.checkpoints import to_layout

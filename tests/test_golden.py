@@ -26,7 +26,6 @@ from deformlit.deformable_detr import *
 from deformlit.layers import FrozenBatchNorm2d, SinePosition
 from deformlit.multiscale import MSDeformAttn, ms_deform_attn
 from deformlit.set_loss import FocalLoss, Matcher, SetLoss, SoftmaxLoss, cardinality_error, class_error, set_losses
-import tables_dab, tables_detr, tables_two        # noqa: their tables join `TABLES`
 from truth import need_native
 
 folder = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).parents[1]/'../shared/golden/A'))

@@ -20,7 +20,7 @@ from deformlit.backbones import BasicBlock, ConvNet, ResNet
 from deformlit.boxes import cxcywh_to_xyxy
 from deformlit.core import ArgumentError
 from deformlit.data import *
-from deformlit.deformable_detr import RefiningHeads, SharedHead, deformable_detr
+from deformlit.deformable_detr import RefiningHeads, SharedHead, deformable_detr, two_stage_detr
 from deformlit.learner import *
 from deformlit.metrics import coco_ap
 from deformlit.set_loss import NonFinitePredictions, SetLoss
@@ -446,3 +446,63 @@ def test_recipe_loop_clips():
     far = {'heads': [dict(x=1., g=3., m=0., v=0., decays=False), dict(x=1., g=4., m=0., v=0., decays=True)]}
     recipe_loop(far, 1, .1, RATES)
     assert far['heads'][0]['m'] == pytest.approx(.1 * .06, rel=1e-4) and far['heads'][1]['m'] == pytest.approx(.1 * .08, rel=1e-4)   # length 5 became 0.1
+
+# ---- two stages: a third field of predictions
+
+def make_two(path, **kwargs):
+    torch.manual_seed(0)
+    model = two_stage_detr(10, ConvNet((8, 8), num_maps=2), dim=16, num_heads=2, num_levels=2, num_points=2, num_queries=6,
+                           num_encoder_layers=1, num_decoder_layers=2, dim_ffn=16, drop=0., groups=4)
+    learn = detr_learner(make_dls(path=path), model, path=path, **kwargs)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *_: None
+    return learn
+
+def test_two_stages_train_validate_and_predict(tmp_path):
+    learn, parts = make_two(tmp_path), []
+    class Seen(Callback):
+        order = 90
+        def after_loss(self):
+            if not self.training: parts.append((dict(self.learn.loss_func.parts), len(self.learn.pred), [o.shape[1] for o in self.learn.pred]))
+    before = learn.model.queries.token_proj.weight.detach().clone(), learn.model.heads.heads[-1].box[-1].weight.detach().clone()
+    learn.fit(1, 1e-3, cbs=Seen())
+    names = list(learn.recorder.metric_names)
+    assert names[:7] == ['epoch', 'train_loss', 'valid_loss', 'class', 'box', 'giou', 'proposals'] and all(np.isfinite(learn.recorder.values[0][:6]))
+    assert len(parts) and all(n == 2 and layers == [1, 1] for _, n, layers in parts)                    # outside training the proposals go no farther than the loss
+    assert all(p['proposals'] > 0 for p, _, _ in parts)
+    sizes = [len(SCENES) % 2 if i == len(parts) - 1 else 2 for i in range(len(parts))]
+    assert_close(learn.recorder.values[0][names.index('proposals') - 1], sum(float(p['proposals']) * n for (p, _, _), n in zip(parts, sizes)) / len(SCENES), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(learn.model.queries.token_proj.weight, before[0]) and not torch.equal(learn.model.heads.heads[-1].box[-1].weight, before[1])
+    assert {group_of(n) for n, _ in learn.model.named_parameters() if n.startswith('heads')} == {'heads'} and group_of('queries.token_proj.weight') == 'decoder'
+    assert len(learn.validate()) == len(learn.metrics) + 1
+    (scores, labels, boxes), targets, losses = learn.get_preds(with_loss=True)
+    assert scores.shape == (5, 60) and boxes.shape == (5, 60, 4)
+    for i, s in enumerate(SCENES):
+        b = collate([s])
+        with torch.no_grad(): one = SetLoss()(learn.model(*b[:2]), *b[2:])                              # with its proposals
+        assert_close(losses[i], one, rtol=1e-4, atol=1e-4)
+    assert isinstance(learn.predict(SCENES[0].image, 0.), Found)
+    learn.show_results(max_n=1); plt.close('all')
+    assert 'ProposalQueries' not in str(learn.summary()).split('=')[0]
+
+def test_two_stages_freeze_fine_tune_and_lr_find(tmp_path):
+    learn = make_two(tmp_path)
+    learn.fine_tune(1, 1e-3)
+    learn.lr_find(num_it=20, end_lr=1e6, show_plot=False)                  # explodes, and ends in peace
+
+@pytest.mark.parametrize('how', ('to_bf16', 'to_fp16'))
+def test_two_stages_in_mixed_precision(how, tmp_path):
+    learn = make_two(tmp_path)
+    getattr(learn, how)()
+    learn.fit(1, 1e-3)
+    assert learn.predict(SCENES[0].image, 0.).boxes.isfinite().all()
+
+def test_two_stages_travel(tmp_path):
+    learn = make_two(tmp_path)
+    learn.fit(1, 1e-3)
+    learn.export('x.pkl')
+    again = load_learner(tmp_path/'x.pkl')
+    assert_close(again.predict(SCENES[0].image, 0.).boxes, learn.predict(SCENES[0].image, 0.).boxes)
+    again.dls, again.logger = learn.dls, lambda *_: None
+    again.fit(1, 1e-3)
+    assert_close(DetectionInterpretation.from_learner(learn).losses, learn.get_preds(with_loss=True)[-1], rtol=1e-4, atol=1e-4)

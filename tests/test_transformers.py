@@ -15,6 +15,8 @@ NAMES = Path(__file__).parent/'names'
 small = dict(num_labels=CLASSES, num_queries=11, encoder_layers=2, decoder_layers=LAYERS, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
 deformable = dict(d_model=64, num_feature_levels=LEVELS, auxiliary_loss=True)
 SYSTEMS = {
+    'detr': ('Detr', dict(d_model=64)),                # with `auxiliary_loss` their forward is another: see below
+    'detr_learned': ('Detr', dict(d_model=64, position_embedding_type='learned')),
     'plain': ('DeformableDetr', deformable),
     'refine': ('DeformableDetr', dict(deformable, with_box_refine=True)),
     'two_stage': ('DeformableDetr', dict(deformable, with_box_refine=True, two_stage=True, two_stage_num_proposals=13)),
@@ -85,8 +87,9 @@ def test_same_layer_by_layer(pair):
     for layer in model.decoder.layers: layer.register_forward_hook(lambda m, args, out: seen['states'].append(out))
     preds, out = ask(model), ask(their_model)
     same(preds, out)
-    if 'dab' not in system: close(torch.stack(seen['states'], 1), out.intermediate_hidden_states)
-    else: close(model.heads.norm(seen['states'][-1]), out.last_hidden_state)
+    if 'detr' in system: close(model.decoder.norm(seen['states'][-1]), out.last_hidden_state)
+    elif 'dab' in system: close(model.heads.norm(seen['states'][-1]), out.last_hidden_state)
+    else: close(torch.stack(seen['states'], 1), out.intermediate_hidden_states)
     valid = ~seen['masks'][0]
     if 'dab' not in system: close(seen['memory'][0][valid], out.encoder_last_hidden_state[valid])       # theirs is not told for DAB-DETR
     if system == 'two_stage':
@@ -131,7 +134,7 @@ def test_our_folders(pair, layout, tmp_path):
     words = json.loads((tmp_path/'config.json').read_text())
     assert from_config(words).config == from_config(their_model.config.to_dict()).config
 
-@pytest.mark.parametrize('system', ['plain', 'dab'])
+@pytest.mark.parametrize('system', ['detr', 'plain', 'dab'])
 def test_on_timm(system, tmp_path):
     "With timm's backbone, whose names are ours, in memory and in a folder, and back."
     pytest.importorskip('timm')
@@ -144,6 +147,17 @@ def test_on_timm(system, tmp_path):
     assert not load_pretrained(tmp_path/'theirs')[1].wrong
     model.save_pretrained(tmp_path/'ours', layout='transformers4')
     same(ask(model), ask(type(their_model).from_pretrained(tmp_path/'ours').eval()))
+
+def test_detr_with_their_auxiliary_loss():
+    "Theirs writes the normed state back into the decoder when it is asked for auxiliary losses, and so says something else; official code and ours do not."
+    their_model = theirs('detr')
+    model = from_config(their_model.config.to_dict()).eval()
+    load_weights(model, their_model.state_dict())
+    same(ask(model), ask(their_model))
+    their_model.config.auxiliary_loss = True
+    for m in their_model.modules():
+        if hasattr(m, 'config'): m.config.auxiliary_loss = True
+    assert (ask(their_model).logits - ask(model).logits[:, -1]).abs().max() > 1e-3
 
 def test_any_timm_backbone():
     pytest.importorskip('timm')

@@ -13,7 +13,6 @@ from deformlit.checkpoints import load_weights
 from deformlit.dab_detr import *
 from deformlit.detr import MapNeck
 from deformlit.layers import SinePosition
-import tables_dab      # noqa: its tables join `TABLES`
 
 DIM, CLASSES, QUERIES = 32, 7, 9
 

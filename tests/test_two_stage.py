@@ -2,11 +2,10 @@
 import json, math, os
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest, torch
-from torch import nn
 from torch.testing import assert_close
 
-import tables_two           # noqa: adds the official names
 from deformlit.backbones import ResNet
 from deformlit.checkpoints import entries, load_weights, to_layout
 from deformlit.core import ArgumentError
@@ -15,7 +14,7 @@ from deformlit.detr import *
 from deformlit.layers import SinePosition, sine_encoding_loop
 from deformlit.points import valid_ratios
 from deformlit.set_loss import SetLoss
-from test_deformable_detr import batch, two, uniform
+from test_deformable_detr import FAMILY, batch, two, uniform
 
 golden = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).parents[1]/'../shared/golden/A'))
 
@@ -211,6 +210,27 @@ def test_without_refinement():
 def test_bad_arguments():
     for bad, name in ((dict(num_queries=0), 'num_queries'), (dict(dim=30), 'dim')):
         with pytest.raises(ArgumentError, match=name): ProposalQueries(**{'dim': 32, **bad})
+
+# ---- pictures
+
+@pytest.mark.parametrize('name', ['plain', 'refine', 'two_stage', 'dc5_two_stage'])
+def test_steps_of_any_model(name):
+    model, (images, mask) = disturb(FAMILY[name]()).train(), batch(64, 96)
+    preds, steps = layer_steps(model, images, mask)
+    assert model.training and not preds.boxes.requires_grad and len(steps) == 2
+    for i, o in enumerate(steps):
+        assert torch.equal(o.boxes, preds.boxes[:, i]) and o.look.points.shape[1] == 6
+    assert torch.equal(steps[1].reference, steps[0].reference if name == 'plain' else steps[0].boxes)
+    again = model.eval()(images, mask)
+    assert torch.equal(again.boxes, preds.boxes)
+    axes = show_references(model, images[0], photo=images[0])
+    assert len(axes) == 2 and 'decoder layer 1' in axes[1].get_title()
+    best = int(model.detect(model(images[:1]), 1).queries)
+    assert axes[0].get_title() == f'query {best}, decoder layer 0'
+    if name in ('two_stage', 'dc5_two_stage'): assert len(show_proposals(model, images[0], 4).patches) == 8        # an outline on light and on dark ground each
+    else:
+        with pytest.raises(ArgumentError, match='two-stage'): show_proposals(model, images[0])
+    plt.close('all')
 
 # ---- first weights and full size
 
