@@ -12,7 +12,7 @@ from deformlit.checkpoints import to_layout
 from deformlit.dab_detr import LayerSteps, MovingHeads, dab_detr, dab_deformable_detr, two_stage_dab_deformable_detr
 from deformlit.deformable_detr import RefiningHeads, deformable_detr, two_stage_detr
 from deformlit.detr import LearnedPosition, PreNorm, detr
-import tables_dab, tables_detr, tables_two        # noqa: their tables join `TABLES`
+
 
 # Of matrices that `transformer` makes: Xavier. What PyTorch leaves: uniform in +-1/sqrt(inputs). The first line that fits counts.
 COMMON = '''
