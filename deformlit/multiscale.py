@@ -174,7 +174,7 @@ def _rows_pay(value, points, weights):
     "Whether rows of a table are read faster than maps, by measurement."
     if value.device.type != 'cpu' or value.dtype != torch.float32 or not has_values(value, points, weights): return False
     d, grad = value.shape[-1], torch.is_grad_enabled() and (value.requires_grad or points.requires_grad or weights.requires_grad)
-    return d >= 32 and weights.numel() * d >= 1e6 if grad else d >= 16
+    return d >= 32 and weights.numel() * d >= 8e6 if grad else d >= 16
 
 def ms_deform_attn_eager(value, spatial_shapes, points, weights):
     "The faster of the two plain forms: `ms_deform_attn_bags` for wide heads and many points, else `ms_deform_attn_grid`."

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <string>
@@ -87,14 +88,26 @@ Isa isa() {
 // region cpu
 constexpr int64_t WORTH_A_THREAD = 1 << 18;                // numbers read, about ten microseconds
 
+// `f(begin, end)` on pieces of [0, count), at least `grain` long. A thread that wakes late finds less left to do.
+template <typename F>
+void in_pieces(int64_t count, int64_t grain, const F& f) {
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count / grain);
+    if (threads <= 1) return f(0, count);
+    const int64_t piece = std::max(grain, count / (8 * threads));
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        for (int64_t begin; (begin = next.fetch_add(piece)) < count;) f(begin, std::min(begin + piece, count));
+    });
+}
+
 template <typename T, typename A>
 void run(const Problem& o, const Tensor& value, const Tensor& points, const Tensor& weights, Tensor& out) {
     const auto kernel = BEST(forward<T, A>);
     const T* v = (const T*)value.data_ptr();
     const A *p = (const A*)points.data_ptr(), *w = (const A*)weights.data_ptr();
     T* to = (T*)out.data_ptr();
-    torch::stable::parallel_for(0, o.b * o.q, std::max<int64_t>(1, WORTH_A_THREAD / std::max<int64_t>(1, 4 * o.samples() * o.d)),
-                                [&](int64_t begin, int64_t end) { kernel(o, v, p, w, to, begin, end); });
+    in_pieces(o.b * o.q, std::max<int64_t>(1, WORTH_A_THREAD / std::max<int64_t>(1, 4 * o.samples() * o.d)),
+              [&](int64_t begin, int64_t end) { kernel(o, v, p, w, to, begin, end); });
 }
 
 template <typename T, typename A>

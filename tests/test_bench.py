@@ -23,10 +23,10 @@ def run_of(kernels='aa', date='2030-01-01 00:00:00', cpu='x', torch='2'):
 
 def row_of(run='r', implementation='native', ms=1., **kw):
     return {**dict(run=run, op='ms_deform_attn', device='cpu', workload='enc', points='near', dtype='float32', direction='fwd', threads=2, malloc='default', isa='default', timing='wall',
-                   implementation=implementation, median_ms=ms, iqr_ms=.1, peak_mb=None, speedup_over_eager=1., rounds=5, others=0.), **kw}
+                   implementation=implementation, median_ms=ms, iqr_ms=.1, peak_mb=None, speedup_over_eager=1., rounds=5, others=0., first_ms=None, first_speedup=None), **kw}
 
 def results_of(rows, run='r', left_out=(), **kw):
-    return dict(format=1, op='multiscale', runs={run: run_of(**kw)}, rows=rows, sweeps=[], limits=[], left_out=list(left_out))
+    return dict(format=2, op='multiscale', runs={run: run_of(**kw)}, rows=rows, sweeps=[], limits=[], left_out=list(left_out))
 
 def test_schema():
     results.check(results_of([row_of()]))

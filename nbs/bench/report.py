@@ -120,7 +120,9 @@ class Report:
         settings = [(f'{self.threads} threads', {}), ('uniform points', dict(points='uniform')), *((f'{t} thread', dict(threads=t)) for t in sorted({row['threads'] for row in self.rows} - {self.threads})),
                     ('malloc tuned', dict(malloc='tuned')), ('bfloat16 values', dict(dtype='bfloat16')), *((f'only {o}', dict(isa=o)) for o in ('avx512', 'avx2', 'baseline'))]
         cases = [(w, d) for d in ('fwd', 'fwd_bwd') for w in self.entry.workloads]
-        rows = [(name, *(self.speedup(row) if (row := self.one(**{**dict(workload=w, direction=d, points='near', implementation=who), **want})) else '' for w, d in cases)) for name, want in settings]
+        first = lambda row: times(row['first_speedup']) + self.mark(row) if row else ''
+        rows = [('first call of a turn', *(first(self.one(workload=w, direction=d, points='near', implementation=who)) for w, d in cases))]
+        rows += [(name, *(self.speedup(row) if (row := self.one(**{**dict(workload=w, direction=d, points='near', implementation=who), **want})) else '' for w, d in cases)) for name, want in settings]
         rows = [row for row in rows if any(row[1:])]
         return rows and Table(('setting', *(f'{w}, {WORDS[d]}' for w, d in cases)), rows)
 

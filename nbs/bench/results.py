@@ -4,7 +4,8 @@
     format    the number of this format
     op        name of the op
     runs      by id, what a run was made on and with: date, command, machine, versions, kernels (the digest of `kernels/`), load
-    rows      one measurement each, see `ROW`; `speedup_over_eager` is the median over rounds of the peer's eager time / this time
+    rows      one measurement each, see `ROW`; `speedup_over_eager` is the median over rounds of the peer's eager time / this time;
+              `first_ms` and `first_speedup`: the same for the first call of each turn, which is not in `median_ms`
     sweeps    rows again, with `against` (what is varied) and `at` (its value)
     limits    one for each workload: counts, and what micro-benchmarks of the same run took, see `LIMIT`
     left_out  implementations that could not be measured, and why
@@ -13,14 +14,14 @@ import hashlib, json, os, tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
-FORMAT = 1
+FORMAT = 2
 LISTS = ('rows', 'sweeps', 'limits', 'left_out')
 KEY = ('device', 'workload', 'points', 'dtype', 'direction', 'threads', 'malloc', 'isa', 'timing', 'against', 'at', 'implementation')
 number, text = (int, float), str
 maybe = (*number, type(None))
 RUN = dict(date=text, command=text, machine=dict, versions=dict, kernels=text, load=dict)
 ROW = dict(run=text, op=text, device=text, workload=text, points=text, dtype=text, direction=text, threads=int, malloc=text, isa=text, timing=text,
-           implementation=text, median_ms=number, iqr_ms=number, peak_mb=maybe, speedup_over_eager=maybe, rounds=int, others=maybe)
+           implementation=text, median_ms=number, iqr_ms=number, peak_mb=maybe, speedup_over_eager=maybe, rounds=int, others=maybe, first_ms=maybe, first_speedup=maybe)
 LIMIT = dict(run=text, op=text, device=text, workload=text, points=text, threads=int, how=text, samples=int, operations=dict, gathered_mb=number, compulsory_mb=dict,
              gather_ms=number, scatter_ms=maybe, copy_gb_s=number, gflops=number, others=maybe)
 CHOICES = dict(points=('near', 'uniform'), direction=('fwd', 'bwd', 'fwd_bwd'), malloc=('default', 'tuned'), timing=('wall', 'eager', 'graph'))

@@ -2,7 +2,7 @@
 
 `bench.py` starts it with a job on standard input and reads the rows from a file. In turn, in this one process, it
 measures peak memory (each call in a fork that has run nothing before), compares every implementation with the
-baseline, and times all of them in rounds: first each one once, then each one once again, beginning with another."""
+baseline, and times all of them in rounds: first each one, then each one again, beginning with another. A turn is a first call, kept apart, and the calls that count."""
 import contextlib, ctypes, functools, gc, importlib, json, math, os, select, statistics, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch is imported: idle threads of one op must not take the core from the next
@@ -29,6 +29,7 @@ class Call:
     "One implementation on its arguments. `call(direction)` gives seconds for one go on the CPU."
     def __init__(self, entry, name, args):
         self.entry, self.name, (self.f, self.args) = entry, name, prepare(entry, name, args)
+        self.first = []
         self.wrt = [o for o in self.args if isinstance(o, torch.Tensor) and o.requires_grad]
     @contextlib.contextmanager
     def way(self):
@@ -47,16 +48,17 @@ class Call:
         return out, torch.autograd.grad(out, self.wrt, grad)
     def once(self, direction): return self.forward() if direction == 'fwd' else self.both()
     def seconds(self, direction, goes=1):
-        "The mean of a few goes, each with its own forward pass if the backward pass alone is measured."
-        now, total = time.perf_counter, 0.
+        "The mean of a few goes after a first one, which finds the caches full of others' numbers and goes to `first`. A backward pass has its own forward pass."
+        now, taken = time.perf_counter, []
         grad = self.ones if direction != 'fwd' else None
         with torch.set_grad_enabled(direction != 'fwd'), self.way():
-            for _ in range(goes):
+            for _ in range(1 + goes):
                 a = now(); out = self.f(*self.args); b = now()
                 if direction != 'fwd': torch.autograd.grad(out, self.wrt, grad)
                 del out
-                total += dict(fwd=b - a, bwd=now() - b, fwd_bwd=now() - a)[direction]
-        return total / goes
+                taken.append(dict(fwd=b - a, bwd=now() - b, fwd_bwd=now() - a)[direction])
+        self.first.append(taken[0])
+        return sum(taken[1:]) / goes
 
 def calls(entry, names, args, left_out, case):
     "The implementations that can run on these arguments, warm; the others go to `left_out` with the reason."
@@ -229,12 +231,15 @@ def measure(entry, case, names, budget, left_out, memory, others, rows):
     for timing, timers in plans.items():
         others()
         taken = rounds(list(timers.values()), budget)
-        busy, by_name = others(), dict(zip(timers, taken))
+        busy, by_name, of = others(), dict(zip(timers, taken)), {o.name: o for o in found}
         for call in (o for o in found if o.name in timers):
             ratio = statistics.median(b / t for b, t in zip(by_name[base], by_name[call.name])) if base in by_name else None
+            n, first = len(by_name[call.name]), None
+            if not cuda: first = ratio and statistics.median(b / t for b, t in zip(of[base].first[-n:], call.first[-n:]))
             peak = peak_cuda(call, direction) if cuda else memory.get((call.name, case['workload'], case['dtype'], direction))
             rows.append(dict(case, timing=timing, implementation=call.name, **spread(by_name[call.name]), peak_mb=peak,
-                             speedup_over_eager=ratio and round(ratio, 3), others=busy))
+                             speedup_over_eager=ratio and round(ratio, 3), others=busy,
+                             first_ms=None if cuda else round(statistics.median(call.first[-n:]) * 1e3, 5), first_speedup=first and round(first, 3)))
 
 def measure_limits(entry, case, budget, others):
     "Counts of one workload, and what its bare reads and writes take."
