@@ -142,7 +142,7 @@ class Parity:
         "Each system against each counterpart: how many tensors, and how much of the tolerance the worst of them takes."
         def cell(system, against):
             rows = self.all('rows', system=system, against=against)
-            if not rows: return 'no'
+            if not rows: return '–'
             return f"{sum(o['tensors'] for o in rows):,}; {percent(max(o['share'] for o in rows))}" + self.mark(rows)
         return Table(('system', *AGAINST), [(o, *(cell(o, a) for a in AGAINST)) for o in SYSTEMS])
 

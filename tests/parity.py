@@ -21,10 +21,10 @@ class Recorder:
         if row is None: self.told.append(key | new); return
         merge(row, new)
     def record(self, system, against, what, difference, tolerance, largest=1., tensors=1, numbers=1):
-        "A difference and what is allowed; `largest` is the largest value of what is compared, which the page divides by."
-        difference, tolerance = float(difference), float(tolerance)
+        "A difference and what is allowed; `largest` is the largest value of what is compared, which the page divides by, unless it is within the tolerance of zero."
+        difference, tolerance, largest = float(difference), float(tolerance), float(largest)
         assert difference <= tolerance, f'{system}, {what}: differs from the {against} by {difference:.3g}, allowed {tolerance:.3g}'      # NaN fails too
-        self.row('rows', system, against, what, tensors=tensors, numbers=numbers, difference=difference / (float(largest) or 1.), share=difference / (tolerance or 1.))
+        self.row('rows', system, against, what, tensors=tensors, numbers=numbers, difference=difference / (largest if largest > tolerance else 1.), share=difference / (tolerance or 1.))
     def close(self, system, against, what, got, want, atol, rtol=0., mask=None):
         "Two tensors, equal to `atol`, or `rtol` of the largest value; `mask` is True where a value counts."
         assert got.shape == want.shape and got.dtype == want.dtype, f'{what}: {got.dtype} of shape {tuple(got.shape)}, expected {want.dtype} of {tuple(want.shape)}'
@@ -85,7 +85,7 @@ def installed(package):
 
 def lost(old, new) -> list:
     "Comparisons that the old file has and the new one has not."
-    return [' / '.join(filter(None, o)) for name in parity_report.LISTS for o in sorted({parity_report.key(row) for row in old[name]} - {parity_report.key(row) for row in new[name]}, key=str)]
+    return [' / '.join(filter(None, o)) for name in ('rows', 'departs') for o in sorted({parity_report.key(row) for row in old[name]} - {parity_report.key(row) for row in new[name]}, key=str)]
 
 def store(folder, reports) -> list:
     "Write the files, but none that would lose a comparison; returns what is wrong."
