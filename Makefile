@@ -30,7 +30,7 @@ test-sanitize: $(ALL) ## run the fuzz tests on a build of the native ops that ch
 	$(BIN)/python tests/sanitize.py $(ARGS)
 
 parity: $(ALL) ## compare again with official numbers and transformers into runs/parity/ and the page made from it
-	$(PYTEST) -m "not slow" --parity runs/parity $(ARGS)
+	$(PYTEST) -m "not slow" --parity=runs/parity $(ARGS)
 	$(BIN)/python tests/notebooks.py parity
 	$(BIN)/nbdev-clean
 

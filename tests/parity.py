@@ -1,6 +1,6 @@
 """What tests compare with other code, written down. A test takes the fixture `parity` and tells it each comparison; it fails as an `assert` does.
 
-With `--parity FOLDER`, which `make parity` gives, only such tests run, and what they tell goes to `FOLDER/<test file>.json`, as `nbs/parity_report.py` describes. Else nothing is written."""
+With `--parity=FOLDER`, which `make parity` gives, only such tests run, and what they tell goes to `FOLDER/<test file>.json`, as `nbs/parity_report.py` describes. Else nothing is written."""
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
