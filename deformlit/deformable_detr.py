@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['on_levels', 'encoder_reference_loop', 'own_places', 'encoder_reference', 'Neck', 'EncoderLayer', 'Encoder',
-           'DecoderLayer', 'precisely', 'Queries', 'Head', 'start_small', 'step', 'SharedHead', 'RefiningHeads',
-           'Decoder', 'DeformableDETR', 'deformable_detr', 'LayerStep', 'layer_steps', 'show_references',
-           'proposals_loop', 'grid_proposals', 'live_first', 'class_zero', 'ProposalQueries', 'ProposalHeads',
-           'TwoStagePredictions', 'TwoStageDETR', 'two_stage_detr', 'show_proposals']
+           'DecoderLayer', 'Queries', 'Head', 'start_small', 'step', 'SharedHead', 'RefiningHeads', 'Decoder',
+           'DeformableDETR', 'deformable_detr', 'LayerStep', 'layer_steps', 'show_references', 'proposals_loop',
+           'grid_proposals', 'live_first', 'class_zero', 'ProposalQueries', 'ProposalHeads', 'TwoStagePredictions',
+           'TwoStageDETR', 'two_stage_detr', 'show_proposals']
 
 # %% ../nbs/24_deformable_detr.ipynb #f81636c9
 import contextlib, copy, math
@@ -149,11 +149,6 @@ class DecoderLayer(nn.Module):
         x = self.norm1(x + self.drop1(self.self_attn(qk, qk, x)))
         x = self.norm2(x + self.drop2(self.cross_attn(x + position, reference, memory, p.shapes, p.mask)))
         return self.ffn(x)
-
-# %% ../nbs/24_deformable_detr.ipynb #9451650c
-def precisely(part:nn.Module, x:Tensor) -> Tensor:
-    "`part(x)` as its weights are, also within autocast: what says where something is must not be rounded to bfloat16."
-    with torch.autocast(x.device.type, enabled=False): return part(x.to(next(part.parameters()).dtype))
 
 # %% ../nbs/24_deformable_detr.ipynb #ba1608db
 class Queries(nn.Module):

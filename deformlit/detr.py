@@ -8,7 +8,7 @@ __all__ = ['detect_softmax_loop', 'positioned_attention_loop', 'LearnedPosition'
            'DenseDecoderLayer', 'DenseDecoder', 'precisely', 'SoftmaxHead', 'Detections', 'detect_softmax', 'detect',
            'check_images', 'Detector', 'DETR', 'detr', 'Reading', 'record_attention', 'show_attention']
 
-# %% ../nbs/23_detr.ipynb #2fe35790
+# %% ../nbs/23_detr.ipynb #647e0f7e
 import contextlib, inspect, math
 from typing import NamedTuple
 import torch, torch.nn.functional as F
@@ -20,7 +20,7 @@ from .layers import *
 from .attend import *
 from .show import panels, show_boxes, show_image
 
-# %% ../nbs/23_detr.ipynb #ae27371f
+# %% ../nbs/23_detr.ipynb #946dc69f
 def detect_softmax_loop(
     logits, # `q c`, the last class is no object
 ) -> list:  # (score, label, query), best first
@@ -32,7 +32,7 @@ def detect_softmax_loop(
         found.append((score, label, query))
     return sorted(found, reverse=True)
 
-# %% ../nbs/23_detr.ipynb #13b64573
+# %% ../nbs/23_detr.ipynb #ffddad32
 def positioned_attention_loop(
     attn:MultiheadAttention,
     x:Tensor,               # `q c`, content of those that ask
@@ -53,7 +53,7 @@ def positioned_attention_loop(
         out.append(row)
     return linear(attn.out_proj, out)
 
-# %% ../nbs/23_detr.ipynb #96f2ed18
+# %% ../nbs/23_detr.ipynb #67b57e2f
 class LearnedPosition(nn.Module):
     "A learned vector for each column and one for each row of a map: x features, then y features. DETR's other position encoding."
     def __init__(self,
@@ -70,7 +70,7 @@ class LearnedPosition(nn.Module):
         col, row = self.col.weight[:w].expand(h, w, -1), self.row.weight[:h, None].expand(h, w, -1)
         return torch.cat([col, row], -1).permute(2, 0, 1).expand(b, -1, -1, -1)
 
-# %% ../nbs/23_detr.ipynb #c818d925
+# %% ../nbs/23_detr.ipynb #a2a73ccb
 class Pyramid(NamedTuple):
     "The maps of all levels as one list of tokens, with what is known about each token."
     tokens:Tensor   # `b s c`
@@ -90,7 +90,7 @@ class Predictions(NamedTuple):
     logits:Tensor        # `b l q c`, before the sigmoid (or softmax); here l counts decoder layers
     boxes:Tensor         # `b l q 4`, (cx, cy, w, h) in [0,1]
 
-# %% ../nbs/23_detr.ipynb #95712679
+# %% ../nbs/23_detr.ipynb #e37c3742
 def shrink_mask(
     mask:Tensor, # `b h w`, True = padding
     size,        # (h, w) of the small map
@@ -98,7 +98,7 @@ def shrink_mask(
     "Nearest resize of a padding mask: row i of h takes row `floor(i * H / h)` of H; columns alike."
     return F.interpolate(mask[:, None].float(), size=tuple(size))[:, 0].bool()
 
-# %% ../nbs/23_detr.ipynb #2b3bef67
+# %% ../nbs/23_detr.ipynb #1a83f872
 class MapNeck(nn.Module):
     "The last map of a backbone as a pyramid of one level: a 1x1 convolution, and positions."
     def __init__(self,
@@ -118,7 +118,7 @@ class MapNeck(nn.Module):
         tokens, position = (o.flatten(2).transpose(1, 2) for o in (x, self.position(m).to(x.dtype)))
         return Pyramid(tokens, position, m.flatten(1), [tuple(x.shape[-2:])], valid_ratios(m)[:, None])
 
-# %% ../nbs/23_detr.ipynb #88a1a45a
+# %% ../nbs/23_detr.ipynb #de1d933d
 class PostNorm(nn.Module):
     "The norm stands after the sum: `norm(x + f(x))`. Vaswani et al. 2017."
     last = nn.Identity # what follows the last layer of an encoder; called with `dim`
@@ -135,7 +135,7 @@ class PreNorm(PostNorm):
     last = nn.LayerNorm
     def forward(self, x, f): return x + self.drop(f(self.norm(x))) # `b q c`, a function of such -> `b q c`
 
-# %% ../nbs/23_detr.ipynb #aba75280
+# %% ../nbs/23_detr.ipynb #96a81db2
 def _ffn(dim, dim_ffn, drop, act):
     "Two linear layers, Xavier-uniform; what stands around them is a part of its own."
     ffn = nn.Sequential()
@@ -176,7 +176,7 @@ class DenseEncoder(nn.Module):
         for layer in self.layers: x = layer(x, p.position, p.mask)
         return self.norm(x)
 
-# %% ../nbs/23_detr.ipynb #c301b61a
+# %% ../nbs/23_detr.ipynb #c49ab34a
 class PositionQueries(nn.Module):
     "Queries that differ only in their learned position; their content starts as zero."
     def __init__(self,
@@ -190,7 +190,7 @@ class PositionQueries(nn.Module):
         position = self.position.weight.expand(len(memory), -1, -1)
         return Start(torch.zeros_like(position), position, None)
 
-# %% ../nbs/23_detr.ipynb #bf27a32f
+# %% ../nbs/23_detr.ipynb #89a7de34
 class DenseDecoderLayer(nn.Module):
     "Queries talk to each other, then read all pixels, then think."
     def __init__(self, dim=256, num_heads=8, dim_ffn=2048, drop=0.1, act=nn.ReLU, residual=PostNorm): # as in `DenseEncoderLayer`
@@ -221,7 +221,7 @@ class DenseDecoder(nn.Module):
             logits.append(l); boxes.append(box)
         return Predictions(torch.stack(logits, 1), torch.stack(boxes, 1))
 
-# %% ../nbs/23_detr.ipynb #d0f176e6
+# %% ../nbs/23_detr.ipynb #94ea2fda
 def precisely(part:nn.Module, x:Tensor) -> Tensor:
     "`part(x)` as its weights are, also within autocast: what says where something is must not be rounded to bfloat16."
     with torch.autocast(x.device.type, enabled=False): return part(x.to(next(part.parameters()).dtype))
@@ -238,7 +238,7 @@ class SoftmaxHead(nn.Module):
     def forward(self, i, x, reference): # layer, `b q c`, handed on -> logits, boxes, the next reference
         return self.classes(x), precisely(self.box, x).sigmoid(), reference
 
-# %% ../nbs/23_detr.ipynb #a053c18a
+# %% ../nbs/23_detr.ipynb #c47fdef1
 class Detections(NamedTuple):
     "The best (query, class) pairs of each image, best first."
     scores:Tensor  # `b k`, in [0,1]
@@ -269,7 +269,7 @@ def detect(
     queries = at // c
     return Detections(scores, at % c, boxes.gather(1, queries[..., None].expand(-1, -1, 4)), queries)
 
-# %% ../nbs/23_detr.ipynb #4f8903b5
+# %% ../nbs/23_detr.ipynb #134212bd
 def check_images(images, mask=None):
     "Refuse anything but float images `b c h w` with a bool mask `b h w`; returns the mask, all False if there was none."
     sizes = check_shape('images', images, 'b c h w')
@@ -280,7 +280,7 @@ def check_images(images, mask=None):
     check_same_device(images=images, mask=mask)
     return mask
 
-# %% ../nbs/23_detr.ipynb #58dcdfbe
+# %% ../nbs/23_detr.ipynb #5ad7137b
 class Detector(nn.Module):
     "Backbone, neck, encoder, queries, decoder and heads, each a part that can be exchanged: what all detectors of this family share."
     detect = staticmethod(detect)                                         # how predictions become detections
@@ -301,7 +301,7 @@ class Detector(nn.Module):
         p = self.neck(self.backbone(images), check_images(images, mask))
         return self.encoder(p), p
 
-# %% ../nbs/23_detr.ipynb #ae6f0e08
+# %% ../nbs/23_detr.ipynb #ca7aa7fc
 class DETR(Detector):
     "DETR (Carion et al. 2020): a `Detector` whose encoder and decoder read everything."
     detect = staticmethod(detect_softmax)
@@ -326,7 +326,7 @@ def detr(
     return DETR(backbone, MapNeck(backbone.channels, dim, position), DenseEncoder(num_encoder_layers, **layer), PositionQueries(num_queries, dim),
                 DenseDecoder(num_decoder_layers, **layer), SoftmaxHead(dim, num_classes))
 
-# %% ../nbs/23_detr.ipynb #4dc17ba7
+# %% ../nbs/23_detr.ipynb #b5cc9cd6
 class Reading(NamedTuple):
     "How the queries of one module weighed what they read."
     name:str       # Name of the module in the model
@@ -351,7 +351,7 @@ def record_attention(
     finally:
         for o in hooks: o.remove()
 
-# %% ../nbs/23_detr.ipynb #b49ed2a2
+# %% ../nbs/23_detr.ipynb #a14935a4
 def show_attention(
     model:Detector, # With dense attentions named `cross_attn` in `decoder.layers`, over one map
     images:Tensor,  # `b c h w`, as the model wants them
@@ -368,11 +368,11 @@ def show_attention(
     maps = torch.stack([o.mean(0) for o in readings]) if layer is None else readings[layer]
     grey = (images[batch] if photo is None else photo).float().mean(0)
     grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=1e-6)
-    axes = panels(min(len(maps), 4), -(-len(maps) // 4), (size, size * grey.shape[0] / grey.shape[1] + .25))
+    axes = panels(min(len(maps), 4), -(-len(maps) // 4), (size, size * grey.shape[0] / grey.shape[1] + .25))     # four in a row
     for i, (ax, m) in enumerate(zip(axes if len(maps) > 1 else [axes], maps)):
         show_image(grey * .6 + .2, ax, f'layer {i}' if layer is None else f'head {i}')
         m = m.float().view(h, w).numpy()
-        ax.imshow(m, cmap='inferno', extent=(0, 1, 1, 0), alpha=.85 * (m / m.max())**.5, interpolation='nearest', vmin=0)
+        ax.imshow(m, cmap='inferno', extent=(0, 1, 1, 0), alpha=.85 * (m / m.max())**.5, interpolation='nearest', vmin=0, aspect=grey.shape[0] / grey.shape[1])
         show_boxes(None, boxes[i if layer is None else layer][None], ax=ax, color='white')
     for ax in (axes if len(maps) > 1 else [])[len(maps):]: ax.set_axis_off()
     return axes

@@ -3,7 +3,7 @@
     python tests/notebooks.py                        runs all and stores their outputs (`make outputs`)
     python tests/notebooks.py 04_sample --flags slow     only this one, with its slow cells
 """
-import argparse, os, re, subprocess, sys
+import argparse, logging, os, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +28,7 @@ def execute(path, flags=()):
     from nbdev.process import NBProcessor
     from nbdev.test import nb_test_cells
     os.environ['IN_TEST'] = '1'     # nbdev-export called by a notebook then does nothing
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)      # "no CUDA runtime", where there is nvcc and no GPU: of the machine, not of the page
     sys.path.insert(0, str(root))
     cfg = get_config(path.parent)
     nb = NBProcessor(path, rm_directives=False, process=True).nb

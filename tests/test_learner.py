@@ -21,9 +21,10 @@ from deformlit.boxes import cxcywh_to_xyxy
 from deformlit.core import ArgumentError
 from deformlit.data import *
 from deformlit.deformable_detr import RefiningHeads, SharedHead, deformable_detr, two_stage_detr
+from deformlit.detr import DETR, Detector, PreNorm, detect, detect_softmax, detr
 from deformlit.learner import *
 from deformlit.metrics import coco_ap
-from deformlit.set_loss import NonFinitePredictions, SetLoss
+from deformlit.set_loss import FocalLoss, NonFinitePredictions, SetLoss, SoftmaxLoss
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -441,6 +442,47 @@ def test_a_loss_of_ones_own(tmp_path):
     learn = make(tmp_path, loss_func=loss)
     learn.fit(1)
     assert learn.get_preds()[0][0].shape == (5, 3) and len(learn.metrics[-1].collection.detections[0][0]) == 3
+
+# ---- what belongs to the model
+
+def make_detr(num_classes=10): return detr(num_classes, ConvNet((8, 8), num_maps=1), dim=16, num_heads=2, num_queries=6, num_encoder_layers=1, num_decoder_layers=2, dim_ffn=16, drop=0., residual=PreNorm)
+
+def test_the_loss_is_the_models():
+    loss = loss_of(make_detr())
+    assert isinstance(loss.classify, SoftmaxLoss) and loss.classify is loss.matcher.classify and loss.classify.eos == 0.1 and loss.detect is detect_softmax
+    assert (loss.matcher.class_cost, loss.matcher.box_cost, loss.matcher.giou_cost) == (1, 5, 2) and loss.weights == {'class': 1, 'box': 5, 'giou': 2}
+    for model in (make_model(), nn.Linear(1, 1)):                        # a model that says nothing is treated as Deformable DETR
+        loss = loss_of(model)
+        assert isinstance(loss.classify, FocalLoss) and loss.detect is detect and loss.matcher.class_cost == 2 and loss.weights == {'class': 2, 'box': 5, 'giou': 2}
+    class Half(DETR): loss = {**DETR.loss, 'class_weight': 0.5}
+    half = make_detr(); half.__class__ = Half
+    assert loss_of(half).weights['class'] == 0.5 and loss_of(half, class_weight=3.).weights['class'] == 3
+    assert loss_of(nn.DataParallel(make_detr())).detect is detect_softmax and loss_of(torch.compile(make_detr(), backend='eager')).detect is detect_softmax
+    assert 'classify' in Detector.loss                                   # what was read is not changed
+
+def test_detr_learns(tmp_path):
+    "All of the learner, with a softmax: no label is ever the class for no object."
+    learn = detr_learner(make_dls(path=tmp_path), make_detr(), path=tmp_path)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *_: None
+    learn.fit(2)
+    (scores, labels, boxes), _ = learn.get_preds()
+    assert scores.shape == (5, 6) and labels.max() < 10 and (scores.diff(dim=1) <= 0).all() and (scores.sum(1) <= 6).all()
+    assert learn.recorder.metric_names[3:6] == ['class', 'box', 'giou']
+    learn.export('detr.pkl')
+    again = load_learner(tmp_path/'detr.pkl')
+    assert again.loss_func.detect is detect_softmax
+    found = learn.predict(np.zeros((40, 50, 3), np.uint8), threshold=0.)
+    assert len(found.labels) == 6 and set(found.labels) <= set(DIGITS)
+    losses = learn.get_preds(with_loss=True)[-1]
+    assert losses.shape == (5,) and losses.isfinite().all()
+
+def test_a_given_loss_reads_as_the_model_does(tmp_path):
+    classify = SoftmaxLoss(0.3)
+    learn = detr_learner(make_dls(path=tmp_path), make_detr(), path=tmp_path, loss_func=DetectionLoss(classify=classify))
+    assert learn.loss_func.detect is detect_softmax and learn.loss_func.classify is classify
+    with pytest.raises(ArgumentError, match='for the vocabulary'):       # a sigmoid's loss has no class for nothing
+        with learn.no_bar(), learn.no_logging(): detr_learner(make_dls(path=tmp_path), make_detr(), loss_func=DetectionLoss()).validate()
 
 def test_recipe_loop_clips():
     far = {'heads': [dict(x=1., g=3., m=0., v=0., decays=False), dict(x=1., g=4., m=0., v=0., decays=True)]}

@@ -220,7 +220,7 @@ def test_traced_order(op, monkeypatch):
     torch.export.export(Export(), (value, points, weights))
     assert op.ran == 'eager'
 
-@pytest.mark.parametrize('d, q, grad, bags', [(16, 5, False, True), (8, 500, False, False), (32, 2000, True, True), (32, 5, True, False), (16, 2000, True, False)])
+@pytest.mark.parametrize('d, q, grad, bags', [(16, 5, False, True), (8, 500, False, False), (32, 20000, True, True), (32, 5, True, False), (16, 2000, True, False)])
 def test_eager_forms(d, q, grad, bags, monkeypatch):
     "The form is chosen by size, on the CPU, in float32, and never while tracing."
     value, shapes, points, weights = inputs(d=d, q=q, b=1, n=2, k=4, dtype=torch.float32)

@@ -82,6 +82,62 @@ def test_official(case):
             near(x.grad, t[key], noise[key])
     assert loss.unmatched == (3 if case == 'many' else 0)
 
+# ---- the softmax of DETR
+
+@pytest.mark.skipif(not golden.is_dir(), reason=f'no folder {golden}: set DEFORMLIT_GOLDEN')
+@pytest.mark.parametrize('case', ['two_images', 'one_empty', 'all_empty', 'many'])
+def test_official_softmax(case):
+    "`SetLoss` as a whole: total and gradients; its parts are compared with the other golden files."
+    from safetensors import safe_open
+    with safe_open(golden/'detr_criterion.safetensors', 'pt') as f: meta, t = json.loads(f.metadata()['json']), {k: f.get_tensor(k) for k in f.keys()}
+    cfg, noise, get = meta['config'], meta['f32_vs_f64'], lambda name: t[f'input/{case}/{name}'].clone()
+    heads = [f'aux_outputs.{i}.' for i in range(cfg['num_aux'])] + ['']
+    leaves = {h: (get(h + 'pred_logits').requires_grad_(), get(h + 'pred_boxes').requires_grad_()) for h in heads}
+    preds = [torch.stack(o, 1) for o in zip(*leaves.values())]
+    each = [(get(f'targets.{i}.boxes'), get(f'targets.{i}.labels')) for i in range(len(preds[0]))]
+    boxes = torch.nn.utils.rnn.pad_sequence([o for o, _ in each], True, 0.); labels = torch.nn.utils.rnn.pad_sequence([o for _, o in each], True, -1)
+    classify = SoftmaxLoss(cfg['eos_coef'])
+    loss = SetLoss(Matcher(classify, cfg['set_cost_class'], cfg['set_cost_bbox'], cfg['set_cost_giou']), classify, cfg['cls_loss_coef'], cfg['bbox_loss_coef'], cfg['giou_loss_coef'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                      # more objects than queries
+        pairs = loss.matcher(preds, boxes, labels)           # one official target leaves the image a little, which `SetLoss` refuses
+        total = loss.weigh(preds, boxes, labels, pairs, max(int((labels >= 0).sum()), 1)).sum()
+    near(total, t[f'output/{case}/total'], noise[f'output/{case}/total'])
+    (total * t[f'gradw/{case}/total']).backward()
+    for h, given in leaves.items():
+        for name, x in zip(('logits', 'boxes'), given): near(x.grad, t[f'grad/{case}/{h}pred_{name}'], noise[f'grad/{case}/{h}pred_{name}'])
+
+@pytest.mark.parametrize('eos', [0.01, 0.1, 1.])
+@pytest.mark.parametrize('seed', range(3))
+def test_softmax_is_the_loops(seed, eos):
+    g = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(2, 3, 5, 4, generator=g, dtype=torch.float64), torch.randint(-1, 3, (2, 3, 5), generator=g)
+    loss = SoftmaxLoss(eos)(logits, labels)
+    assert_close(loss, torch.tensor([softmax_loss_loop(logits[:, l].flatten(0, 1), labels[:, l].flatten(), eos) for l in range(3)], dtype=torch.float64))
+    for l in range(3):
+        want = torch.nn.functional.cross_entropy(logits[:, l].flatten(0, 1), (labels[:, l] % 4).flatten(), torch.tensor([1., 1., 1., eos], dtype=torch.float64))
+        assert_close(loss[l], want)
+    objects = torch.tensor([[0, 2], [1, 1]])
+    cost = SoftmaxLoss(eos).cost(logits[:, 0], objects)
+    for i in range(2):
+        for q in range(5):
+            for j in range(2): assert_close(cost[i, q, j], -logits[i, 0, q].softmax(0)[objects[i, j]])
+
+def test_softmax_in_a_set_loss():
+    "The last logit is no class; an image alone is a batch of its own; nothing to divide by is no NaN."
+    preds, boxes, labels = random_batch(9, c=6)
+    classify = SoftmaxLoss()
+    loss = SetLoss(Matcher(classify, class_cost=1.), classify, class_weight=1.)
+    whole, each = loss(preds, boxes, labels.clamp(max=4)), None
+    loss.reduction = 'none'
+    each = loss(preds, boxes, labels.clamp(max=4))
+    loss.reduction = 'mean'
+    for i in range(3): assert_close(each[i], loss([o[i:i + 1] for o in preds], boxes[i:i + 1], labels[i:i + 1].clamp(max=4)))
+    assert whole.isfinite()
+    with pytest.raises(ArgumentError, match='classes 0 to 4'): loss(preds, boxes, torch.full_like(labels, 5))
+    assert SoftmaxLoss(0.)(preds[0], torch.full((3, 2, 7), -1)).tolist() == [0., 0.]
+    with pytest.raises(ArgumentError, match='eos'): SoftmaxLoss(-1.)
+
 # ---- proposals
 
 def with_proposals(seed, s=11, dtype=torch.float32):
