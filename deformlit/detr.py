@@ -298,7 +298,8 @@ class Detector(nn.Module):
         return self.decoder(*self.queries(memory, p), memory, p, self.heads)
     def encode(self, images, mask=None): # -> `b s c`, `Pyramid`
         "What the image says before anything is asked."
-        p = self.neck(self.backbone(images), check_images(images, mask))
+        mask = check_images(images, mask)
+        p = self.neck(self.backbone(images), mask)
         return self.encoder(p), p
 
 # %% ../nbs/23_detr.ipynb #ca7aa7fc
