@@ -441,6 +441,8 @@ def test_all_files_are_counted(tell, parity):
     assert not PENDING & set(SYSTEMS), 'built, but still named as pending'
     ran = {name for name, _ in RUN}
     if len(ran) < len(FILES): parity.left_out('systems to come', 'official files', f'{len(FILES) - len(ran)} of {len(FILES)} files: ' + ', '.join(sorted({k for k, _ in FILES.values() if k not in SYSTEMS})))
+    parity.left_out("DAB-DETR's set loss", 'official files', "our GIoU as it is: this repository alone adds 1e-6 to what it divides by, and so does the test to ours")
+    parity.left_out('two-stage Deformable DETR', 'official files', 'tokens without a proposal among the best: the official code may choose them, ours only where nothing else is left (`rank=class_zero` is the official way); no file has such a case')
     tell(f'golden: {len(RUN)} cases of {len(ran)} files; {len(FILES) - len(ran)} of {len(FILES)} files are pending')
 
 # ---- the key tables
