@@ -2,7 +2,7 @@
 #   make PYTHON=/path/to/python3.12 ...   chooses the Python     make train ARGS="--epochs 1"   passes arguments on
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-all test-sanitize bench docs lab outputs readme clean
+.PHONY: help train test test-all test-sanitize parity bench docs lab outputs readme clean
 
 PYTHON ?=
 ARGS ?=
@@ -28,6 +28,11 @@ test-all: $(ALL) ## the same, with packaging, browser, slow cells and the oldest
 
 test-sanitize: $(ALL) ## run the fuzz tests on a build of the native ops that checks every access
 	$(BIN)/python tests/sanitize.py $(ARGS)
+
+parity: $(ALL) ## compare again with official numbers and transformers into runs/parity/ and the page made from it
+	$(PYTEST) -m "not slow" --parity=runs/parity $(ARGS)
+	$(BIN)/python tests/notebooks.py parity
+	$(BIN)/nbdev-clean
 
 bench: $(ALL) ## measure the ops beside their peers into runs/bench/ and the page made from it (ARGS="--quick": two minutes)
 	$(BIN)/python nbs/bench/bench.py $(ARGS)
