@@ -2,7 +2,7 @@
 #   make PYTHON=/path/to/python3.12 ...   chooses the Python     make train ARGS="--epochs 1"   passes arguments on
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train compare test test-all test-sanitize bench docs lab outputs readme clean
+.PHONY: help train compare test test-all test-sanitize parity bench docs lab outputs readme clean
 
 PYTHON ?=
 ARGS ?=
@@ -32,6 +32,11 @@ test-sanitize: $(ALL) ## run the fuzz tests on a build of the native ops that ch
 compare: $(ALL) ## train six detectors for 8 minutes each, and make the page of it (ARGS="--minutes 1": a glance)
 	$(BIN)/python nbs/tutorials/compare_detectors.py $(ARGS)
 	$(BIN)/python tests/notebooks.py tutorials/compare_detectors
+	$(BIN)/nbdev-clean
+
+parity: $(ALL) ## compare again with official numbers and transformers into runs/parity/ and the page made from it
+	$(PYTEST) -m "not slow" --parity=runs/parity $(ARGS)
+	$(BIN)/python tests/notebooks.py parity
 	$(BIN)/nbdev-clean
 
 bench: $(ALL) ## measure the ops beside their peers into runs/bench/ and the page made from it (ARGS="--quick": two minutes)

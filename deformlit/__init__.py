@@ -16,8 +16,10 @@ _names = dict(
     core='ArgumentError backend backends debug',
     show='show_points',
     multiscale='MSDeformAttn ms_deform_attn',
-    deformable_detr='DeformableDETR RefiningHeads',
-    checkpoints='load_weights',
+    detr='DETR',
+    deformable_detr='DeformableDETR RefiningHeads TwoStageDETR',
+    dab_detr='DABDETR DABDeformableDETR',
+    checkpoints='create_detector load_weights',
     data='DigitScenes digit_dls',
     learner='detr_learner',
 )

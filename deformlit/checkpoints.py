@@ -10,7 +10,8 @@ __all__ = ['deformable_detr_official', 'two_stage_official', 'dab_deformable_off
            'entries', 'layouts', 'to_layout', 'read_entry', 'Report', 'fold_names', 'from_layout', 'fits',
            'guess_layout', 'read_weights', 'read_json', 'save_weights', 'class_layers', 'start_classes', 'WeightsError',
            'load_weights', 'defaults_of', 'create_detector', 'from_config', 'with_classes', 'System', 'words_of',
-           'from_transformers', 'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained']
+           'from_transformers', 'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained',
+           'from_pretrained']
 
 # %% ../nbs/26_checkpoints.ipynb #e846360e
 import argparse, importlib, inspect, json, math, pickle, re
@@ -804,11 +805,9 @@ def load_pretrained(
 def _outputs(model): return {n: o.out_features for n, o in class_layers(model).items()}
 
 # %% ../nbs/26_checkpoints.ipynb #72918283
-def _from_pretrained(cls, source, num_classes=None, allow=(), revision=None):
+def from_pretrained(cls, source, num_classes=None, allow=(), revision=None):
     "A detector of this class from a folder or the hub, in eval mode; arguments as in `load_pretrained`. What became of the weights is told by `model.report`."
     model, model_report = load_pretrained(source, num_classes, allow, revision)
     check(isinstance(model, cls), 'source', f'{source}, which is a {type(model).__name__}', f'a {cls.__name__}; `Detector.from_pretrained` takes any')
     model.report = model_report
     return model
-
-Detector.from_pretrained, Detector.save_pretrained = classmethod(_from_pretrained), save_pretrained

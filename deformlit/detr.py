@@ -9,7 +9,7 @@ __all__ = ['detect_softmax_loop', 'positioned_attention_loop', 'LearnedPosition'
            'check_images', 'Detector', 'DETR', 'detr', 'Reading', 'record_attention', 'show_attention']
 
 # %% ../nbs/23_detr.ipynb #647e0f7e
-import contextlib, inspect, math
+import contextlib, importlib, inspect, math
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -298,8 +298,16 @@ class Detector(nn.Module):
         return self.decoder(*self.queries(memory, p), memory, p, self.heads)
     def encode(self, images, mask=None): # -> `b s c`, `Pyramid`
         "What the image says before anything is asked."
-        p = self.neck(self.backbone(images), check_images(images, mask))
+        mask = check_images(images, mask)
+        p = self.neck(self.backbone(images), mask)
         return self.encoder(p), p
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        "A detector of this class from a folder or the hub; `from_pretrained` of [checkpoints](26_checkpoints.ipynb) says the rest."
+        return importlib.import_module('deformlit.checkpoints').from_pretrained(cls, *args, **kwargs)
+    def save_pretrained(self, *args, **kwargs):
+        "Write a folder for `from_pretrained`; `save_pretrained` of [checkpoints](26_checkpoints.ipynb) says the rest."
+        return importlib.import_module('deformlit.checkpoints').save_pretrained(self, *args, **kwargs)
 
 # %% ../nbs/23_detr.ipynb #ca7aa7fc
 class DETR(Detector):

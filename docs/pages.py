@@ -14,6 +14,7 @@ from symbols import Package
 
 PARTS = {0: 'Ground', 1: 'Mechanisms', 2: 'Models', 3: 'Training', 4: 'Kernels'}
 FOLDERS = {'tutorials': 'Tutorials', 'bench': 'Measurements'}
+BESIDE = {'parity.ipynb': 'bench'}     # pages beside the index, and the folder under whose name they are listed
 
 # ---- nbdev's half ------------------------------------------------------------------------------------------------
 
@@ -85,6 +86,10 @@ RE_NOTEBOOK_LINK = re.compile(r'(\]\()((?:[\w./-]*/)?)([\w.-]+)\.ipynb')
 def page_name(notebook:str) -> str:
     "`tutorials/11_x.ipynb` -> `tutorials/x`: nbdev's own rule for the name of a page."
     return str(nbdev.config.nbpath2html(Path(notebook)).with_suffix(''))
+
+def folder_of(notebook:str):
+    "The folder under whose name a page is listed, or None."
+    return notebook.split('/')[0] if '/' in notebook else BESIDE.get(notebook)
 
 def outside_code(source, f):
     "Apply `f` to the parts of a Markdown text that are no code."
@@ -182,7 +187,7 @@ class Page:
         up = '../' * self.name.count('/')
         line = []
         if self.part is not None: line.append(f'Part {self.part}, {PARTS.get(self.part, "")} · chapter {self.number:02d}')
-        elif '/' in self.notebook: line.append(FOLDERS.get(self.notebook.split('/')[0], ''))
+        elif folder := folder_of(self.notebook): line.append(FOLDERS.get(folder, ''))
         if self.module:
             line.append(f'`{self.module.name}`')
             line.append(f'<a href="{up}source/{self.module.short}.html">source</a>')
@@ -314,7 +319,7 @@ def contents(pages):
         mine = sorted((p for p in pages if p.part == part), key=lambda p: p.notebook)
         out.append((f'{part} · {PARTS.get(part, "")}', mine, [label(p) for p in mine]))
     for folder, caption in FOLDERS.items():
-        mine = sorted((p for p in pages if p.notebook.startswith(folder + '/')), key=lambda p: p.notebook)
+        mine = sorted((p for p in pages if folder_of(p.notebook) == folder), key=lambda p: p.notebook)
         if mine: out.append((caption, mine, [p.name for p in mine]))
     listed = {p.name for _, mine, _ in out for p in mine} | {'index'}
     rest = [p for p in pages if p.name not in listed]

@@ -356,3 +356,9 @@ def test_bad_arguments():
     with pytest.raises(ArgumentError, match='at most 50'): LearnedPosition(32)(torch.zeros(1, 51, 4, dtype=torch.bool))
     with pytest.raises(ArgumentError, match='even'): LearnedPosition(33)
     with pytest.raises(ArgumentError, match='images'): model(torch.zeros(3, 64, 64))
+
+def test_bad_images_are_named_before_anything_runs():
+    model = small().eval()
+    for bad, said in ((torch.rand(3, 64, 64), r'\(b, c, h, w\)'), (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'floating point')):
+        with pytest.raises(ArgumentError, match=said): model(bad)
+    with pytest.raises(ArgumentError, match='mask'): model(torch.rand(1, 3, 64, 64), torch.zeros(1, 3, 3, dtype=torch.bool))

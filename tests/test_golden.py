@@ -53,13 +53,15 @@ class Fixture:
         state = self.part('state_dict/')
         state |= {missing: state[stored] for missing, stored in (self.meta.get('tied') or {}).items()}
         return {n: t.float() if t.dtype == torch.float16 else t for n, t in state.items()}
-    def check(self, name, got, mask=None):
-        "Compare with the file's tensor; `mask` is True where a value counts."
+    def check(self, name, got, parity, what, mask=None):
+        "Compare with the file's tensor and tell `parity`; `mask` is True where a value counts."
         want = self.tensors[name]
         assert got is not None, f'{name}: we have none'
         assert got.shape == want.shape, f'{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}'
         assert got.dtype == want.dtype, f'{name}: {got.dtype}, expected {want.dtype}'
-        if not want.is_floating_point(): assert torch.equal(got, want), f'{name} differs'; return
+        if not want.is_floating_point():
+            assert torch.equal(got, want), f'{name} differs'
+            return parity.record(NAMES[self.kind], 'official files', what, 0, 0, numbers=want.numel())
         e, m = self.noise.get(name) or (0., want.abs().max().item())
         limit = 1e-12 if self.meta['dtype'] == 'float64' else max(20 * e, 2e-5 * m, 1e-6)
         assert got.isfinite().all(), f'{name}: not finite'
@@ -67,6 +69,7 @@ class Fixture:
         if mask is not None: diff = diff[mask.expand_as(diff)]
         worst = diff.max().item() if diff.numel() else 0.
         assert worst <= limit, f'{name}: differs by {worst:.3g}, allowed {limit:.3g}'
+        parity.record(NAMES[self.kind], 'official files', what, worst, limit, m, numbers=want.numel())
 
 def kind(system, config):
     "The official system, with the variant where one class holds several of ours."
@@ -376,13 +379,24 @@ SYSTEMS = {'ms_deform_attn_core_pytorch': Op, 'MSDeformAttn': Module, 'Deformabl
 
 # ---- the comparison
 
+NAMES = {'ms_deform_attn_core_pytorch': 'deformable attention', 'MSDeformAttn': 'deformable attention', 'DETR': 'DETR', 'DeformableDETR': 'Deformable DETR', 'DeformableDETR two_stage': 'two-stage Deformable DETR',
+         'DABDETR': 'DAB-DETR', 'DABDeformableDETR': 'DAB-Deformable-DETR', 'criterion softmax': 'softmax set loss', 'criterion focal': 'focal set loss', 'criterion DAB': "DAB-DETR's set loss"}     # on the page
+PARTS = [('backbone.', 'backbone maps and masks'), ('pos', 'position encodings'), ('memory', 'encoder'), ('hs', 'decoder states, all layers'), ('aux_outputs.', 'outputs of the earlier layers'), ('pred_', 'outputs'),
+         ('enc_', 'proposals'), ('indices.', 'matched indices'), ('losses.', 'losses'), ('total', 'losses'), ('postprocess.', 'detections')]
+
+def part(name, way):
+    "What an output is, in the words of the page; of the op, which way ran too."
+    if name in ('out', 'output'): return f'output, {way}'
+    if 'reference' in name: return 'references of all layers'
+    return next(what for start, what in PARTS if name.startswith(start))
+
 def official_grads(model):
     "Gradients of the parameters, under the official names."
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     found = [(e, [grads[n] for n in e.ours]) for e in entries(model) if all(n in grads for n in e.ours)]
     return {name: torch.cat(g, e.dim) if g[0].ndim else g[0] for e, g in found for name in e.theirs}
 
-def compare(f, case, way):
+def compare(f, case, way, parity):
     system, dtype = SYSTEMS[f.kind](f.config), getattr(torch, f.meta['dtype'])
     if system.model is not None:
         load_weights(system.model, f.state_dict(), 'official')
@@ -398,13 +412,13 @@ def compare(f, case, way):
     assert wanted, f'no outputs in case {case}'
     lost = [n for n in [*wanted, *gradw] if n not in outputs]
     assert not lost, f'outputs that we do not give: {lost}'
-    for name in wanted: f.check(f'output/{case}/{name}', outputs[name], masks.get(name))
+    for name in wanted: f.check(f'output/{case}/{name}', outputs[name], parity, part(name, way), masks.get(name))
     for name, t in before.items(): assert torch.equal(leaves[name], t), f'input {name} was changed'
     if not gradw: return
     sum((outputs[n] * w).sum() for n, w in gradw.items()).backward()
     mine = {n: t.grad if t.grad is not None else torch.zeros_like(t) for n, t in leaves.items() if n in grads}
     if system.model is not None: mine |= {f'state_dict/{n}': g for n, g in official_grads(system.model).items()}
-    for name in grads: f.check(f'grad/{case}/{name}', mine.get(name))
+    for name in grads: f.check(f'grad/{case}/{name}', mine.get(name), parity, f'gradients, {way}' if way else 'gradients')
 
 RUN = [(name, case) for name, (kind_, cases) in FILES.items() if kind_ in SYSTEMS for case in cases]
 OURS = ('ms_deform_attn_core_pytorch', 'MSDeformAttn')                          # the op and its module: by each way; models by the one that is chosen
@@ -412,9 +426,9 @@ WAYS = [pytest.param('loop'), pytest.param('eager'), pytest.param('compiled', ma
 BY_WAY = [pytest.param(name, case, *o.values, marks=o.marks) for name, case in RUN for o in (WAYS if FILES[name][0] in OURS else [pytest.param(None)])]
 
 @pytest.mark.parametrize('name,case,way', BY_WAY, ids=lambda o: o.removesuffix('.safetensors') if isinstance(o, str) else 'chosen')
-def test_golden(name, case, way):
+def test_golden(name, case, way, parity):
     if way == 'native': need_native()
-    compare(fixture(name), case, way)
+    compare(fixture(name), case, way, parity)
 
 @pytest.mark.parametrize('name', [n for n, (k, _) in FILES.items() if k not in SYSTEMS])
 def test_no_unknown_system(name):
@@ -422,16 +436,19 @@ def test_no_unknown_system(name):
     assert kind_ in PENDING, f"{name}: the system '{kind_}' is neither built here nor named as pending"
     pytest.skip(f'pending: {kind_}')
 
-def test_all_files_are_counted(tell):
+def test_all_files_are_counted(tell, parity):
     assert FILES, f'{folder} holds no golden files'
     assert not PENDING & set(SYSTEMS), 'built, but still named as pending'
     ran = {name for name, _ in RUN}
+    if len(ran) < len(FILES): parity.left_out('systems to come', 'official files', f'{len(FILES) - len(ran)} of {len(FILES)} files: ' + ', '.join(sorted({k for k, _ in FILES.values() if k not in SYSTEMS})))
+    parity.left_out("DAB-DETR's set loss", 'official files', "our GIoU as it is: this repository alone adds 1e-6 to what it divides by, and so does the test to ours")
+    parity.left_out('two-stage Deformable DETR', 'official files', 'tokens without a proposal among the best: the official code may choose them, ours only where nothing else is left (`rank=class_zero` is the official way); no file has such a case')
     tell(f'golden: {len(RUN)} cases of {len(ran)} files; {len(FILES) - len(ran)} of {len(FILES)} files are pending')
 
 # ---- the key tables
 
 @pytest.mark.parametrize('name', [n for n, (k, _) in FILES.items() if k in SYSTEMS and k != 'ms_deform_attn_core_pytorch' and 'criterion' not in k])
-def test_official_weights_round_trip(name):
+def test_official_weights_round_trip(name, parity):
     f = fixture(name)
     state, model = f.state_dict(), SYSTEMS[f.kind](f.config).model
     report = load_weights(model, state)
@@ -439,3 +456,4 @@ def test_official_weights_round_trip(name):
     back = to_layout(model, 'official')
     assert back.keys() == state.keys()
     for n, t in back.items(): assert t.dtype == state[n].dtype and torch.equal(t, state[n]), n
+    parity.record(NAMES[f.kind], 'official files', 'weights, in and out', 0, 0, tensors=len(state), numbers=sum(t.numel() for t in state.values()))

@@ -83,8 +83,8 @@ def test_folders_of_notebooks():
     import pages
     from types import SimpleNamespace as page
     toc = pages.contents([page(part=4, number=41, title='K', name='k', notebook='41_k.ipynb'), page(part=None, title='Start', name='index', notebook='index.ipynb'),
-                          page(part=None, title='Fast', name='bench/speed', notebook='bench/speed.ipynb'), page(part=None, title='T', name='tutorials/t', notebook='tutorials/01_t.ipynb')])
-    assert [(o[0], o[2]) for o in toc] == [('4 · Kernels', ['41 K <k>']), ('Tutorials', ['tutorials/t']), ('Measurements', ['bench/speed'])]
+                          page(part=None, title='Fast', name='bench/speed', notebook='bench/speed.ipynb'), page(part=None, title='T', name='tutorials/t', notebook='tutorials/01_t.ipynb'), page(part=None, title='P', name='parity', notebook='parity.ipynb'), page(part=None, title='O', name='other', notebook='other.ipynb')])
+    assert [(o[0], o[2]) for o in toc] == [('4 · Kernels', ['41 K <k>']), ('Tutorials', ['tutorials/t']), ('Measurements', ['bench/speed', 'parity']), ('More', ['other'])]
     assert pages.relink('[a](../11_multiscale.ipynb#The-loop) [b](bench/speed.ipynb)') == '[a](../multiscale.ipynb#the-loop) [b](bench/speed.ipynb)'
 
 def test_markdown():

@@ -6,8 +6,10 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import pytest, torch
 transformers = pytest.importorskip('transformers')
 
-from deformlit.checkpoints import from_config, from_transformers, layouts, load_pretrained, load_weights, to_layout
+from deformlit.checkpoints import entries, from_config, from_transformers, layouts, load_pretrained, load_weights, to_layout
+from deformlit.deformable_detr import grid_proposals
 from deformlit.detr import Detector
+from deformlit.set_loss import FocalLoss, Matcher, SetLoss, SoftmaxLoss, set_losses
 
 CLASSES, LEVELS, LAYERS = 7, 5, 3      # 5 levels: two beyond the backbone's three maps
 NAMES = Path(__file__).parent/'names'
@@ -24,6 +26,8 @@ SYSTEMS = {
     'dab': ('DabDetr', dict(hidden_size=64, auxiliary_loss=True)),
     'dab_patterns': ('DabDetr', dict(hidden_size=64, num_patterns=2, temperature_height=10, temperature_width=10)),
 }
+
+NAME = dict(detr='DETR', detr_learned='DETR', plain='Deformable DETR', refine='Deformable DETR', two_stage='two-stage Deformable DETR', single='Deformable DETR', dab='DAB-DETR', dab_patterns='DAB-DETR')
 
 def config_of(system, backbone='resnet'):
     "A tiny configuration of theirs, on their own ResNet or on timm's."
@@ -57,6 +61,11 @@ def batch():
     mask[1, 96:], mask[1, :, 120:] = True, True              # the second image is smaller
     return images.masked_fill(mask[:, None], 0), mask
 
+def targets():
+    "Three objects in two images: boxes and labels as ours take them, and as theirs."
+    boxes, labels = torch.tensor([[[.3, .4, .2, .3], [.6, .6, .3, .2]], [[.5, .5, .4, .4], [0, 0, 0, 0]]]), torch.tensor([[2, 5], [1, -1]])
+    return boxes, labels, [dict(class_labels=c[c >= 0], boxes=b[c >= 0]) for b, c in zip(boxes, labels)]
+
 def ask(model):
     images, mask = batch()
     with torch.no_grad(): return model(images, mask) if isinstance(model, Detector) else model(images, pixel_mask=(~mask).long())
@@ -79,22 +88,76 @@ def pair(request):
     assert report.layout == 'transformers/resnet' and not report.wrong and not report.dropped and not report.new
     return request.param, their_model, model
 
-def test_same_layer_by_layer(pair):
+def test_same_layer_by_layer(pair, parity):
+    "Tokens, memory after every encoder layer, proposals, references, states, logits and boxes of every decoder layer, in a padded batch."
     system, their_model, model = pair
-    seen = dict(memory=[], states=[], masks=[])
-    model.neck.register_forward_hook(lambda m, args, out: seen['masks'].append(out.mask))
-    model.encoder.register_forward_hook(lambda m, args, out: seen['memory'].append(out))
-    for layer in model.decoder.layers: layer.register_forward_hook(lambda m, args, out: seen['states'].append(out))
-    preds, out = ask(model), ask(their_model)
-    same(preds, out)
-    if 'detr' in system: close(model.decoder.norm(seen['states'][-1]), out.last_hidden_state)
-    elif 'dab' in system: close(model.heads.norm(seen['states'][-1]), out.last_hidden_state)
-    else: close(torch.stack(seen['states'], 1), out.intermediate_hidden_states)
-    valid = ~seen['masks'][0]
-    if 'dab' not in system: close(seen['memory'][0][valid], out.encoder_last_hidden_state[valid])       # theirs is not told for DAB-DETR
+    close = lambda what, a, b, mask=None: parity.close(NAME[system], 'transformers', what, a, b, 1e-5, mask=mask)
+    seen, (images, mask), (_, _, dicts) = {}, batch(), targets()
+    def keep(name, part, pick=lambda args, out: out): return part.register_forward_hook(lambda m, args, out: seen.setdefault(name, []).append(pick(args, out)))
+    hooks = [keep('pyramid', model.neck), keep('start', model.queries), keep('references', model.heads, lambda args, out: (args[0], args[2], out[2]))]
+    hooks += [keep('memory', o) for o in model.encoder.layers] + [keep('states', o) for o in model.decoder.layers]
+    with torch.no_grad(): preds, out = model(images, mask), their_model(images, pixel_mask=(~mask).long(), labels=dicts, output_hidden_states=True)
+    for h in hooks: h.remove()
+    p, start = seen['pyramid'][0], seen['start'][0]
+    for mine, told in zip([p.tokens, *seen['memory']], out.encoder_hidden_states, strict=True): close('tokens, and after each encoder layer', mine, told, ~p.mask[..., None])
+    norm = getattr(model.decoder, 'norm', None) or getattr(model.heads, 'norm', None)
+    if norm: seen['states'][-1] = norm(seen['states'][-1])                          # theirs norms the last one
+    for mine, told in zip([(start if system != 'two_stage' else start[0]).content, *seen['states']], out.decoder_hidden_states, strict=True): close('states, before and after each decoder layer', mine, told)
+    if 'intermediate_reference_points' in out:
+        references = [o for o in seen['references'] if o[0] >= 0]
+        close('references of all layers', references[0][1], out.init_reference_points)
+        for mine, told in zip(references, out.intermediate_reference_points.unbind(1), strict=True): close('references of all layers', mine[2], told)
     if system == 'two_stage':
-        proposals, found = preds.proposals, out.enc_outputs_class.isfinite().all(-1) & valid
-        close(proposals.logits[:, 0][found], out.enc_outputs_class[found])
+        dead = grid_proposals(p)[1]
+        assert dead.any() and torch.equal(dead, out.enc_outputs_coord_logits.isinf().all(-1))
+        close('proposals', preds.proposals.logits[:, 0], out.enc_outputs_class)
+        close('proposals', preds.proposals.boxes[:, 0], out.enc_outputs_coord_logits.sigmoid())
+    close('outputs', preds.logits[:, -1], out.logits); close('outputs', preds.boxes[:, -1], out.pred_boxes)
+    if system.startswith('detr'): parity.left_out('DETR', 'transformers', 'outputs of the earlier layers: told only with `auxiliary_loss=True`, which changes them')
+    elif their_model.config.auxiliary_loss:
+        for layer, told in enumerate(out.auxiliary_outputs):
+            close('outputs of the earlier layers', preds.logits[:, layer], told['logits']); close('outputs of the earlier layers', preds.boxes[:, layer], told['pred_boxes'])
+        assert layer == LAYERS - 2
+    same(preds, out)
+
+def test_same_losses(pair, parity):
+    "Each term of each layer, from their own matching, with their weights of the costs."
+    system, their_model, model = pair
+    (images, mask), (boxes, labels, dicts), c = batch(), targets(), their_model.config
+    with torch.no_grad(): preds, out = ask(model), their_model(images, pixel_mask=(~mask).long(), labels=dicts)
+    classify = SoftmaxLoss(c.eos_coefficient) if system.startswith('detr') else FocalLoss(c.focal_alpha)
+    if not c.auxiliary_loss: preds = [o[:, -1:] for o in preds[:2]]
+    loss = SetLoss(Matcher(classify, c.class_cost, c.bbox_cost, c.giou_cost), classify, 1., c.bbox_loss_coefficient, c.giou_loss_coefficient)
+    name = 'softmax set loss' if system.startswith('detr') else "DAB-DETR's set loss" if system.startswith('dab') else 'focal set loss'
+    total = loss(preds[:2], boxes, labels)
+    parts, last = set_losses(classify, *preds[:2], boxes, labels, loss.pairs, 3), preds[0].shape[1] - 1
+    for layer in range(last + 1):
+        for mine, told in (('class', 'loss_ce'), ('box', 'loss_bbox'), ('giou', 'loss_giou')):
+            parity.close(name, 'transformers', 'each loss of each layer', parts[mine][layer], out.loss_dict[told if layer == last else f'{told}_{layer}'], 1e-5, 1e-5)
+    parity.close(name, 'transformers', 'their sum, weighted as theirs', total, out.loss, 1e-5, 1e-5)
+
+def test_same_gradients(pair, parity):
+    "Of a random sum of the outputs, to every weight that theirs trains."
+    system, their_model, model = pair
+    g = torch.Generator().manual_seed(2)
+    images, mask = batch()
+    logits, boxes = (o[:, -1] for o in model(images, mask)[:2])
+    told = their_model(images, pixel_mask=(~mask).long())
+    weights = [torch.randn(o.shape, generator=g) for o in (logits, boxes)]
+    for m, outs in ((model, (logits, boxes)), (their_model, (told.logits, told.pred_boxes))):
+        m.zero_grad()
+        sum((o * w).sum() for o, w in zip(outs, weights)).backward()
+    grad = lambda w: torch.zeros_like(w) if w.grad is None else w.grad
+    mine, theirs_, parameters = {}, dict(their_model.named_parameters(remove_duplicate=False)), dict(model.named_parameters())
+    for e in entries(model, 'transformers/resnet'):
+        if not all(n in parameters for n in e.ours): continue                      # statistics of frozen norms
+        w = theirs_[next(n for n in e.theirs if n in theirs_)]
+        parts = [grad(parameters[n]) for n in e.ours]
+        mine[w] = mine.get(w, 0) + (parts[0] if len(parts) == 1 else torch.cat(parts, e.dim))      # one tensor of theirs may be several of ours
+    trained = [w for w in mine if w.requires_grad and grad(w).any()]
+    for w in trained: parity.close(NAME[system], 'transformers', 'gradients', mine[w], grad(w), 1e-6, 2e-4)
+    assert len(trained) > 60 and all(not mine[w].any() for w in mine if w.requires_grad and not grad(w).any())
+    for m in (model, their_model): m.zero_grad()
 
 def test_names_in_memory(pair):
     "To their layout and back: their names exactly, and their tensors."
@@ -147,17 +210,6 @@ def test_on_timm(system, tmp_path):
     assert not load_pretrained(tmp_path/'theirs')[1].wrong
     model.save_pretrained(tmp_path/'ours', layout='transformers4')
     same(ask(model), ask(type(their_model).from_pretrained(tmp_path/'ours').eval()))
-
-def test_detr_with_their_auxiliary_loss():
-    "Theirs writes the normed state back into the decoder when it is asked for auxiliary losses, and so says something else; official code and ours do not."
-    their_model = theirs('detr')
-    model = from_config(their_model.config.to_dict()).eval()
-    load_weights(model, their_model.state_dict())
-    same(ask(model), ask(their_model))
-    their_model.config.auxiliary_loss = True
-    for m in their_model.modules():
-        if hasattr(m, 'config'): m.config.auxiliary_loss = True
-    assert (ask(their_model).logits - ask(model).logits[:, -1]).abs().max() > 1e-3
 
 def test_any_timm_backbone():
     pytest.importorskip('timm')

@@ -70,7 +70,7 @@ def ours(state, patterns=0, keep=False, temperatures=(20., 20.)):
 
 @pytest.mark.parametrize('options,mine', [({}, {}), (dict(num_patterns=2), dict(patterns=2)), (dict(keep_query_pos=True), dict(keep=True)),
                                           (dict(temperature_height=10, temperature_width=30), dict(temperatures=(10., 30.)))], ids=['default', 'patterns', 'keep_query_pos', 'temperatures'])
-def test_same_layer_by_layer(options, mine):
+def test_same_layer_by_layer(options, mine, parity):
     their_model = theirs(**options)
     model, seen = ours(official(their_model.state_dict()), **mine), {}
     def keep(name, part, pick): part.register_forward_hook(lambda m, args, out: seen.setdefault(name, []).append(pick(args, out)))
@@ -83,10 +83,10 @@ def test_same_layer_by_layer(options, mine):
     mask[1, 96:], mask[1, :, 120:] = True, True
     images = images.masked_fill(mask[:, None], 0)
     with torch.no_grad(): preds, out = model(images, mask), their_model(images, pixel_mask=(~mask).long(), output_hidden_states=True)
-    close = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    close = lambda a, b, what='states and references of each layer, with other options': parity.close('DAB-DETR', 'transformers', what, a, b, 1e-5)
     valid = ~seen['neck'][0].mask
-    close(seen['memory'][0][valid], out.encoder_last_hidden_state[valid])
-    close(preds.logits[:, -1], out.logits); close(preds.boxes[:, -1], out.pred_boxes)
+    close(seen['memory'][0][valid], out.encoder_last_hidden_state[valid], 'encoder, with other options')
+    close(preds.logits[:, -1], out.logits, 'outputs, with other options'); close(preds.boxes[:, -1], out.pred_boxes, 'outputs, with other options')
     states, references = torch.stack(seen['states']), torch.stack(seen['references'])
     with torch.no_grad(): inner = their_model.model(images, pixel_mask=(~mask).long())
     close(states, inner.intermediate_hidden_states.view_as(states)); close(references, inner.reference_points.view_as(references))
