@@ -240,7 +240,7 @@ def test_every_model(model, tmp_path, capsys, monkeypatch):
     a, b = load_file(part/'model.safetensors'), load_file(whole/'model.safetensors')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     m, n, c = metrics(part), metrics(whole), config(whole)
-    assert m['history'] == n['history'] and len(m['times']) == 2 and m['times'][0] < m['times'][1] <= m['seconds'] + .1
+    assert m['history'] == n['history'] and len(m['times']) == 2 and m['times'][0] <= m['times'][1] <= m['seconds'] + .1
     assert m['history'][0]['train_loss'] != m['history'][1]['train_loss'] and config(part) == c and set(c) == {*DEFAULTS, 'vocab'}
     assert ('proposals' in m['history'][0]) == model.endswith('two_stage') and (m['backend'] is None) == (model in T.DENSE)
     for k in T.UNUSED.get(model, ()): assert c[k] is None
