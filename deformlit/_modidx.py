@@ -580,6 +580,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'deformlit/deformed_keys.py'),
                                          'deformlit.deformed_keys.check_map': ( 'deformed_keys.html#check_map',
                                                                                 'deformlit/deformed_keys.py'),
+                                         'deformlit.deformed_keys.deformed_keys_loop': ( 'deformed_keys.html#deformed_keys_loop',
+                                                                                         'deformlit/deformed_keys.py'),
                                          'deformlit.deformed_keys.signed_pixels': ( 'deformed_keys.html#signed_pixels',
                                                                                     'deformlit/deformed_keys.py')},
             'deformlit.detr': { 'deformlit.detr.DETR': ('detr.html#detr', 'deformlit/detr.py'),
