@@ -7,7 +7,7 @@ __all__ = ['signed_pixels', 'Bounded', 'Clamped', 'Squashed', 'Free', 'PaperGrid
            'OffsetNetwork', 'NoOffsets', 'SampledKeys', 'PooledKeys', 'deformed_keys_loop', 'DeformedKeysAttention',
            'check_map']
 
-# %% ../nbs/13_deformed_keys.ipynb #80f298d4
+# %% ../nbs/13_deformed_keys.ipynb #6729a589
 import math
 from itertools import product
 import torch, torch.nn.functional as F
@@ -20,7 +20,7 @@ from .attend import attend_loop
 from .layers import LayerNorm2d
 from .relative_bias import *
 
-# %% ../nbs/13_deformed_keys.ipynb #069e5516
+# %% ../nbs/13_deformed_keys.ipynb #72a4f4d9
 def signed_pixels(
     at:Tensor, # `... 2` (x, y), in [-1, 1] over the centres of the corner pixels
     h:int,     # Rows of the map
@@ -30,7 +30,7 @@ def signed_pixels(
     ends = torch.tensor([w - 1, h - 1], device=at.device, dtype=at.dtype)
     return from_pixels((at + 1) / 2 * ends, h, w)
 
-# %% ../nbs/13_deformed_keys.ipynb #532ca58b
+# %% ../nbs/13_deformed_keys.ipynb #d2f4321f
 class Bounded(nn.Module):
     "An offset goes at most `factor` units to each side: `reference + tanh(offset) * factor * unit`."
     def __init__(self, factor:float=2.):
@@ -52,7 +52,7 @@ class Free(nn.Module):
     "An offset goes anywhere: `reference + offset`."
     def forward(self, offset, reference, unit): return reference + offset
 
-# %% ../nbs/13_deformed_keys.ipynb #5125a5af
+# %% ../nbs/13_deformed_keys.ipynb #9c328ed3
 class PaperGrid(nn.Module):
     "DAT's paper: references from corner to corner, so that n of them on n pixels are the pixels."
     queries, default = PixelQueries(), Bounded
@@ -80,7 +80,7 @@ class PaperGrid(nn.Module):
         unit = torch.tensor([self.unit(w), self.unit(h)], device=offset.device, dtype=offset.dtype)
         return signed_pixels(self.bound(offset, self.reference(h, w, offset), unit), *size)
 
-# %% ../nbs/13_deformed_keys.ipynb #f1c2904b
+# %% ../nbs/13_deformed_keys.ipynb #47eca61e
 class FirstReleaseGrid(PaperGrid):
     "DAT's first release: centres of cells, `2 (i + 1/2) / n - 1`, on a ruler for corners. All move a little to the middle."
     queries = CentredQueries()
@@ -94,7 +94,7 @@ class PlusPlusGrid(PaperGrid):
         if n > 1: return (i + .5) * (2 / (n - 1)) - 1
         return i + (math.inf if isinstance(self.bound, Clamped) else 0)
 
-# %% ../nbs/13_deformed_keys.ipynb #3da1b513
+# %% ../nbs/13_deformed_keys.ipynb #30dafb1a
 class OffsetNetwork(nn.Module):
     "Offsets from queries: a depthwise convolution that sees around, and a linear map. DAT, section 3.2."
     def __init__(self,
@@ -121,7 +121,7 @@ class NoOffsets(OffsetNetwork):
         self.requires_grad_(False)
     def forward(self, q): return torch.zeros_like(super().forward(q))
 
-# %% ../nbs/13_deformed_keys.ipynb #a4dfce6c
+# %% ../nbs/13_deformed_keys.ipynb #8090b95a
 class SampledKeys(nn.Module):
     "Keys and values are made from the map, read at the points."
     def forward(self, x, points): # `b c h w`, `b g hk wk 2` -> `b c hk wk`
@@ -133,7 +133,7 @@ class PooledKeys(nn.Module):
     "Keys and values are made from means over the cells of the grid: DAT++ without offsets."
     def forward(self, x, points): return F.adaptive_avg_pool2d(x, points.shape[2:4]) # `b c h w`, `b g hk wk 2` -> `b c hk wk`
 
-# %% ../nbs/13_deformed_keys.ipynb #fc9a09be
+# %% ../nbs/13_deformed_keys.ipynb #4f43c3a1
 def deformed_keys_loop(
     m,        # A `DeformedKeysAttention` with `InterpolatedBias` or `NoBias`; we take its linear maps and its points
     x:Tensor, # `b c h w`
@@ -151,7 +151,7 @@ def deformed_keys_loop(
     else: read = attend_loop(q, k, v)
     return m.out_proj(rearrange(read, 'b n (h w) d -> b (n d) h w', h=h))
 
-# %% ../nbs/13_deformed_keys.ipynb #774a5203
+# %% ../nbs/13_deformed_keys.ipynb #1997864d
 class DeformedKeysAttention(nn.Module):
     "All queries share keys and values that are read at deformed points: DAT, section 3.2."
     def __init__(self,
@@ -202,7 +202,7 @@ class DeformedKeysAttention(nn.Module):
 
     def extra_repr(self): return f'dim={self.dim}, num_heads={self.num_heads}, num_groups={self.num_groups}'
 
-# %% ../nbs/13_deformed_keys.ipynb #1c61bd84
+# %% ../nbs/13_deformed_keys.ipynb #996ab252
 def check_map(
     x:Tensor, # `b c h w`
     dim:int,  # Channels that are expected

@@ -1,7 +1,10 @@
 """DAT's attention and its biases beyond the golden files: sizes, types, options, compilation, refusals."""
-import itertools, pytest, torch
+import json, re, shutil, subprocess
+from pathlib import Path
+
+import pytest, torch
 from torch.testing import assert_close
-from deformlit.core import ArgumentError, backend, backends, needs_compiler
+from deformlit.core import ArgumentError, backend, needs_compiler
 from deformlit.deformed_keys import *
 from deformlit.relative_bias import *
 import deformlit.relative_bias as rb
@@ -56,7 +59,8 @@ def test_half_precision(grid, bias):
     m.float()
     with torch.autocast('cpu', torch.bfloat16): assert_close(m(x).float(), want, atol=.05, rtol=.05)
 
-@pytest.mark.parametrize('grid, bias', [*((PlusPlusGrid, o) for o in ('none', 'table', 'fixed', 'log', 'depthwise')), (FirstReleaseGrid, 'table'), (PaperGrid, 'table')])
+@pytest.mark.parametrize('grid, bias', [(PlusPlusGrid, 'table'), *(pytest.param(*o, marks=pytest.mark.slow) for o in [
+    *((PlusPlusGrid, o) for o in ('none', 'fixed', 'log', 'depthwise')), (FirstReleaseGrid, 'table'), (PaperGrid, 'table')])])
 def test_compiles_whole(grid, bias):
     torch._dynamo.reset()
     m = module(grid, None, bias)
@@ -65,9 +69,10 @@ def test_compiles_whole(grid, bias):
         x = torch.randn(2, 8, h, w)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         assert_close(f(a), m(b))
-        (f(a).square().sum() + 0).backward(); m(b).square().sum().backward()
+        f(a).square().sum().backward(); m(b).square().sum().backward()
         assert_close(a.grad, b.grad)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('read', [SampledKeys, PooledKeys])
 def test_compiles_without_offsets(read):
     torch._dynamo.reset()
@@ -182,3 +187,32 @@ def test_refusals():
     with pytest.raises(ArgumentError, match='size'): InterpolatedBias(4, (0, 3))
     with pytest.raises(ArgumentError, match='size'): TableBias(4, 3).logits((4, 3))
     with pytest.raises(ArgumentError, match='factor'): Bounded(-1)
+
+# ---- the figures to move
+
+def function(chapter, name, call):
+    "What a function of a figure's JavaScript gives, by node."
+    source = ''.join(''.join(c['source']) for c in json.loads((Path(__file__).parents[1]/'nbs'/f'{chapter}.ipynb').read_text(encoding='utf-8'))['cells'])
+    body = re.search(rf'^function {name}\(.*?^}}', source, re.M | re.S)[0]
+    return json.loads(subprocess.run(['node', '-e', f'{body}; console.log(JSON.stringify({call}))'], capture_output=True, text=True, check=True, timeout=60).stdout)
+
+needs_node = pytest.mark.skipif(not shutil.which('node'), reason='no node on the path')
+
+@needs_node
+@pytest.mark.parametrize('queries', [PixelQueries(), CentredQueries()])
+def test_figure_of_crops(queries):
+    table, key = torch.rand(13, 9, dtype=torch.float64), torch.tensor([2.3, -.4], dtype=torch.float64)
+    theirs = torch.tensor(function('12_relative_bias', 'bias', f'bias({table.tolist()}, {key[0]}, {key[1]}, 7, 5, {str(queries.taps == 3).lower()})'), dtype=torch.float64)
+    at = ((key + .5) / torch.tensor([5, 7])).view(1, 1, 1, 1, 2)
+    start, step, taps = table_grid((7, 5), (13, 9), at, queries)
+    assert_close(theirs[:, 2], interpolated_bias(table[None], start, step, (7, 5), taps)[0, 0, :, 0])
+    assert_close(theirs[0, :2], start[0, 0, 0])
+
+@needs_node
+@pytest.mark.parametrize('grid', GRIDS)
+@pytest.mark.parametrize('name, bound', [('bounded', Bounded), ('clamped', Clamped), ('squashed', Squashed), ('free', Free)])
+def test_figure_of_grids(grid, name, bound):
+    part, offset = grid(bound()), torch.full((1, 1, 7, 7, 2), .37, dtype=torch.float64)
+    line = grid(Free()).line(7, torch.arange(7, dtype=torch.float64)).tolist()
+    theirs = function('13_deformed_keys', 'place', f"place({line}, {part.unit(7)}, .37, '{name}', 7)")
+    assert_close(torch.tensor(theirs, dtype=torch.float64), part(offset, (7, 7))[0, 0, 0, :, 0] * 7 - .5)
