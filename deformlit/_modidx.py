@@ -1042,6 +1042,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'deformlit/relative_bias.py'),
                                          'deformlit.relative_bias.TableBias.logits': ( 'relative_bias.html#tablebias.logits',
                                                                                        'deformlit/relative_bias.py'),
+                                         'deformlit.relative_bias._crops_pay': ( 'relative_bias.html#_crops_pay',
+                                                                                 'deformlit/relative_bias.py'),
                                          'deformlit.relative_bias._resize': ('relative_bias.html#_resize', 'deformlit/relative_bias.py'),
                                          'deformlit.relative_bias._three': ('relative_bias.html#_three', 'deformlit/relative_bias.py'),
                                          'deformlit.relative_bias.check_size': ( 'relative_bias.html#check_size',

@@ -8,7 +8,7 @@ __all__ = ['table_bias_loop', 'table_bias', 'interpolated_bias_loop', 'interpola
            'table_attend_eager', 'table_attend', 'NoBias', 'check_size', 'TableBias', 'InterpolatedBias', 'FixedBias',
            'LogCPB', 'log_displacement', 'DepthwiseBias']
 
-# %% ../nbs/12_relative_bias.ipynb #689d200c
+# %% ../nbs/12_relative_bias.ipynb #37e38704
 import math
 from itertools import product
 import torch, torch.nn.functional as F
@@ -18,7 +18,7 @@ from .core import *
 from .points import *
 from .sample import bilinear_at
 
-# %% ../nbs/12_relative_bias.ipynb #5fd48cb6
+# %% ../nbs/12_relative_bias.ipynb #5fcee579
 def table_bias_loop(
     table:Tensor, # `n (2h-1) (2w-1)`: a number for each step
     h:int,        # Rows of the map
@@ -30,7 +30,7 @@ def table_bias_loop(
         out[n, yq*w + xq, yk*w + xk] = table[n, yq - yk + h - 1, xq - xk + w - 1]
     return out
 
-# %% ../nbs/12_relative_bias.ipynb #42b18772
+# %% ../nbs/12_relative_bias.ipynb #2d33cfcb
 def table_bias(
     table:Tensor, # `n (2h-1) (2w-1)`: a number for each step
     h:int,        # Rows of the map
@@ -40,7 +40,7 @@ def table_bias(
     crops = table.unfold(1, h, 1).unfold(2, w, 1).flip(1, 2)             # n yk xk yq xq
     return rearrange(crops, 'n yk xk yq xq -> n (yq xq) (yk xk)')
 
-# %% ../nbs/12_relative_bias.ipynb #bd7bcaea
+# %% ../nbs/12_relative_bias.ipynb #823b4348
 def interpolated_bias_loop(
     table:Tensor, # `n th tw`
     start:Tensor, # `b g k 2`: (x, y) in the table, 0 is its first number
@@ -56,7 +56,7 @@ def interpolated_bias_loop(
         out[i, head, row*w + col, j] = bilinear_at(table[head], x + step[0] * col, y + step[1] * row)
     return out
 
-# %% ../nbs/12_relative_bias.ipynb #e1ff346b
+# %% ../nbs/12_relative_bias.ipynb #9114f1b9
 def interpolated_bias_grid(table, start, step, h, w):
     "The same by `F.grid_sample`, with a tensor of all displacements."
     (b, g, k, _), (n, th, tw) = start.shape, table.shape
@@ -67,7 +67,7 @@ def interpolated_bias_grid(table, start, step, h, w):
     tables = table.unflatten(0, (g, -1)).expand(b, -1, -1, -1, -1).flatten(0, 1)
     return F.grid_sample(tables, at, mode='bilinear', padding_mode='zeros', align_corners=False).unflatten(0, (b, g)).flatten(1, 2)
 
-# %% ../nbs/12_relative_bias.ipynb #75ad97d0
+# %% ../nbs/12_relative_bias.ipynb #93271f30
 def crops(
     table:Tensor, # `n th tw`
     first:Tensor, # `b g k 2`: (x, y) of each key's first number, whole; the heads of a group share it
@@ -84,7 +84,7 @@ def crops(
     padded = F.pad(table, (1, 1, 1, 1)).flatten(1).unflatten(0, (g, -1))                   # a rim of zeros
     return padded.expand(b, -1, -1, -1).gather(3, index).unflatten(3, (h, w, k))
 
-# %% ../nbs/12_relative_bias.ipynb #bfc13c9b
+# %% ../nbs/12_relative_bias.ipynb #a4d646a0
 def four_crops(
     table:Tensor, # `n th tw`
     start:Tensor, # `b g k 2`: (x, y) in the table for query (0, 0)
@@ -99,7 +99,7 @@ def four_crops(
     c = c[..., :-1, :, :] * (1 - fy) + c[..., 1:, :, :] * fy
     return c.flatten(1, 2).flatten(2, 3)
 
-# %% ../nbs/12_relative_bias.ipynb #e25f7d68
+# %% ../nbs/12_relative_bias.ipynb #9ba2216e
 def _three(t):
     "Weights of three neighbours 0, 1, 2 for a place between 0 and 2."
     low = t.detach().floor().clamp(0, 1)
@@ -123,7 +123,7 @@ def three_taps(
     c = sum(c[..., i:i + h, :, :] * a for i, a in enumerate(_three(y)))
     return c.flatten(1, 2).flatten(2, 3)
 
-# %% ../nbs/12_relative_bias.ipynb #3e58d2d7
+# %% ../nbs/12_relative_bias.ipynb #0874bd54
 class PixelQueries:
     "Queries on the pixels: in pixels their grid begins at 0 and goes by 1. DAT's paper, and DAT++."
     taps = 2
@@ -135,7 +135,7 @@ class CentredQueries(PixelQueries):
     taps = 3
     def line(self, n): return 0.5 * (n - 1) / n, (n - 1) / n
 
-# %% ../nbs/12_relative_bias.ipynb #aba3bd3c
+# %% ../nbs/12_relative_bias.ipynb #29ebf107
 def table_grid(
     size,        # (h, w) of the map of queries, row by row
     table_size,  # (h, w) of the table, odd
@@ -152,7 +152,12 @@ def table_grid(
         step.append(by * zoom)
     return torch.stack(start, -1), tuple(step), queries.taps if (th, tw) == (2*h - 1, 2*w - 1) else 0
 
-# %% ../nbs/12_relative_bias.ipynb #ef1e8ac5
+# %% ../nbs/12_relative_bias.ipynb #b64bfecb
+def _crops_pay(table, start, size):
+    "Whether crops are faster than displacements: measured on a CPU, where large ones leave the cache."
+    if torch.compiler.is_compiling() or start.device.type != 'cpu': return True
+    return start.shape[0] * len(table) * size[0] * size[1] * start.shape[2] <= 1e6
+
 def interpolated_bias(
     table:Tensor, # `n th tw`
     start:Tensor, # `b g k 2`: (x, y) in the table for query (0, 0)
@@ -160,12 +165,11 @@ def interpolated_bias(
     size,         # (h, w) of the map of queries
     taps:int=0,   # 2: steps of one; 3: steps a little shorter; 0: any
 ) -> Tensor:      # `b n (h w) k`
-    "The bias of all queries for each key, by the form that its steps allow."
-    if taps == 2: return four_crops(table, start, *size)
-    if taps == 3: return three_taps(table, start, step, *size)
-    return interpolated_bias_grid(table, start, step, *size)
+    "The bias of all queries for each key, by the fastest form that its steps allow."
+    if taps == 0 or not _crops_pay(table, start, size): return interpolated_bias_grid(table, start, step, *size)
+    return four_crops(table, start, *size) if taps == 2 else three_taps(table, start, step, *size)
 
-# %% ../nbs/12_relative_bias.ipynb #58f8f91b
+# %% ../nbs/12_relative_bias.ipynb #e1c78554
 def table_attend_loop(q, k, v, table, start, step, size, taps=0):
     "Attention with an interpolated bias in scalar arithmetic; arguments as for `table_attend`."
     bias, out = interpolated_bias_loop(table, start, step, *size), torch.empty_like(q)
@@ -180,7 +184,7 @@ def table_attend_eager(q, k, v, table, start, step, size, taps=0):
     wide = table.to(start.dtype)   # places are never in half precision
     return F.scaled_dot_product_attention(q, k, v, attn_mask=interpolated_bias(wide, start, step, size, taps).to(q.dtype))
 
-# %% ../nbs/12_relative_bias.ipynb #e423f9b1
+# %% ../nbs/12_relative_bias.ipynb #2a587ec2
 _attend = Op('table_attend', lambda *args: ('eager',) if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() else ('native', 'eager'), native='deformed_keys_kernel')
 _attend.way('loop')(table_attend_loop)
 _attend.way('eager')(table_attend_eager)
@@ -204,7 +208,7 @@ def table_attend(
     check_same_device(q=q, k=k, v=v, table=table, start=start)
     return _attend(q, k, v, table, start, step, tuple(size), taps)
 
-# %% ../nbs/12_relative_bias.ipynb #1c803795
+# %% ../nbs/12_relative_bias.ipynb #0e175bf4
 class NoBias(nn.Module):
     "Plain attention. The other biases are called in the same way."
     def logits(self, size, keys=None, queries=PixelQueries()): return None
@@ -221,7 +225,7 @@ class NoBias(nn.Module):
         logits = self.logits(size, keys, queries)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if logits is None else logits.to(q.dtype), dropout_p=drop)
 
-# %% ../nbs/12_relative_bias.ipynb #c4544699
+# %% ../nbs/12_relative_bias.ipynb #0b357bfe
 def check_size(size, argument='size'):
     "`size` as a pair of whole numbers above zero, or `ArgumentError`."
     pair = (size, size) if isinstance(size, int) else size
@@ -246,7 +250,7 @@ class TableBias(NoBias):
 
     def extra_repr(self): return f'num_heads={len(self.table)}, size={self.size}'
 
-# %% ../nbs/12_relative_bias.ipynb #26243801
+# %% ../nbs/12_relative_bias.ipynb #25282204
 class InterpolatedBias(TableBias):
     "The same for keys anywhere: the table is read between its numbers. On a map of another size it is stretched. DAT, section 3.2."
     def __init__(self,
@@ -267,7 +271,7 @@ class InterpolatedBias(TableBias):
         start, step, taps = table_grid(size, self.table.shape[1:], keys, queries)
         return start, step, size, taps
 
-# %% ../nbs/12_relative_bias.ipynb #6b0a5466
+# %% ../nbs/12_relative_bias.ipynb #cbb53860
 class FixedBias(NoBias):
     "A learned number for each query and key, wherever the key moves. On maps of other sizes it is interpolated."
     def __init__(self,
@@ -291,7 +295,7 @@ class FixedBias(NoBias):
 def _resize(x, old, new): # `n q (h w)` -> `n q (h w)`
     return F.interpolate(x.unflatten(-1, old), tuple(new), mode='bilinear', align_corners=False).flatten(-2)
 
-# %% ../nbs/12_relative_bias.ipynb #affa0cb9
+# %% ../nbs/12_relative_bias.ipynb #921ecf4f
 class LogCPB(NoBias):
     "A small network of the displacement, on a logarithmic ruler: Swin Transformer V2, equations 3 and 4, as in DAT++."
     def __init__(self,
@@ -317,7 +321,7 @@ def log_displacement(size, keys, queries=PixelQueries()): # -> `b g q k 2`: (y, 
     d = torch.stack(torch.broadcast_tensors(out[1][:, :, :, None], out[0][:, :, None]), -1).flatten(2, 3)
     return d.sign() * (d.abs() + 1).log2() / 3
 
-# %% ../nbs/12_relative_bias.ipynb #98560111
+# %% ../nbs/12_relative_bias.ipynb #68d2eefa
 class DepthwiseBias(NoBias):
     "No bias of the scores: a 3 x 3 convolution of each channel of the queries, added to what is read."
     def __init__(self,
