@@ -1,9 +1,10 @@
 """Window and dilated attention against golden files: numbers that the official code printed, for the same weights and inputs, with gradients."""
 import pytest, torch
 
-from deformlit import dilated
+from deformlit import dilated, windows
 from deformlit.core import backend, needs_compiler
 from deformlit.dilated import *
+from deformlit.windows import *
 from test_golden import FILES, Fixture, folder, only
 
 # ---- the systems: each is built from the file's constructor arguments; `names` says what its parts are called officially
@@ -22,7 +23,26 @@ class MultiDilated(Dilated):
         self.model = MultiDilatedAttention(c['dim'], c.get('num_heads', 8), c.get('kernel_size', 3), c.get('dilation', [1, 2, 3]), c.get('qkv_bias', False), c.get('attn_drop', 0.), c.get('proj_drop', 0.))
     def __call__(self, x): return dict(y=self.model(x.movedim(-1, 1)).movedim(1, -1))
 
-SYSTEMS = dict(DilateAttention=Dilated, MultiDilatelocalAttention=MultiDilated)
+class Window:
+    op, ways = windows._window, ('loop', 'eager', 'compiled')
+    names = {'qkv': 'proj_qkv', 'proj.': 'proj_out.', 'bias.table': 'relative_position_bias_table'}
+    def __init__(self, config):
+        c = only(config, dim=any, heads=any, window_size=any, attn_drop=any, proj_drop=any)
+        self.model = WindowAttention(c['dim'], c['window_size'], c['heads'], attn_drop=c['attn_drop'], proj_drop=c['proj_drop'])
+    def __call__(self, x): return dict(y=self.model(x))
+
+class ShiftedWindow(Window):
+    def __init__(self, config):
+        c = only(config, dim=any, heads=any, window_size=any, attn_drop=any, proj_drop=any, shift_size=any, fmap_size=any)
+        self.model = ShiftedWindowAttention(c['dim'], c['window_size'], c['heads'], c['shift_size'], attn_drop=c['attn_drop'], proj_drop=c['proj_drop'])
+
+class Neighbourhood(Window):
+    op, names = windows._neighbourhood, {'bias.table': 'rpb'}
+    def __init__(self, config):
+        c = only(config, dim=any, kernel_size=any, num_heads=any, qkv_bias=any, attn_drop=any, proj_drop=any, dilation=any)
+        self.model = NeighbourhoodAttention(c['dim'], c['kernel_size'], c['num_heads'], c.get('dilation') or 1, qkv_bias=c.get('qkv_bias', True))
+
+SYSTEMS = dict(DilateAttention=Dilated, MultiDilatelocalAttention=MultiDilated, LocalAttention=Window, ShiftWindowAttention=ShiftedWindow, NeighborhoodAttention2D=Neighbourhood)
 
 # ---- the comparison
 
