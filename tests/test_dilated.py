@@ -169,3 +169,23 @@ def test_bad_arguments():
         with pytest.raises(ArgumentError, match=f'`{name}`'): MultiDilatedAttention(12, **bad)
     with pytest.raises(ArgumentError, match='`x`'): MultiDilatedAttention(12, 3)(torch.randn(1, 11, 4, 4))
     with debug(), pytest.raises(ArgumentError, match='`k`'): dilated_attn(q, k / 0, v)
+
+# ---- the figure to move
+
+def figure():
+    "The moving figure's data and its function, as they stand in the chapter."
+    cells = json.loads((Path(__file__).parents[1]/'nbs/15_dilated.ipynb').read_text())['cells']
+    html = [''.join(o['data']['text/html']) for c in cells for o in c.get('outputs', []) if 'text/html' in o.get('data', {})]
+    page, = [o for o in html if 'id="live-dilated"' in o]
+    return re.search(r'<script>.*?data = (\{.*?\});\nconst svg', page, re.S)[1], re.search(r'\nfunction weights\(.*?\n\}', page, re.S)[0]
+
+@pytest.mark.skipif(not shutil.which('node'), reason='no node on the path')
+def test_the_moving_figure_repeats_the_formula():
+    data, function = figure()
+    x = torch.tensor(json.loads(data)['features'])[None, None]
+    cases = [(c, r, dilation, padding) for c, r in ((0, 0), (17, 11), (5, 1), (9, 6)) for dilation in (1, 2, 3) for padding in ('0', '-Infinity')]
+    script = f'const data = {data};{function}\nconsole.log(JSON.stringify([' + ','.join(f'weights(data.features, ...data.grid, {c}, {r}, {o}, {z})' for c, r, o, z in cases) + ']))'
+    theirs = json.loads(subprocess.run(['node', '-e', script], capture_output=True, text=True, check=True, timeout=60).stdout)
+    for (c, r, dilation, padding), (weights, outside) in zip(cases, theirs):
+        assert_close(torch.tensor(weights), dilated_weights(x, x, 3, dilation, 0. if padding == '0' else -math.inf)[0, 0, :, r, c])
+        assert outside == outside_window(*x.shape[-2:], 3, dilation)[:, r, c].tolist()
