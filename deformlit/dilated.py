@@ -6,7 +6,7 @@
 __all__ = ['window_offsets', 'dilated_attn_loop', 'outside_window', 'dilated_weights', 'dilated_read', 'dilated_attn_eager',
            'dilated_attn_compiled', 'check_window', 'check_qkv', 'dilated_attn', 'MultiDilatedAttention']
 
-# %% ../nbs/15_dilated.ipynb #6b6b20f3
+# %% ../nbs/15_dilated.ipynb #67d8a6f8
 import functools, math
 from itertools import product
 import torch, torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from einops import rearrange
 from .core import *
 
-# %% ../nbs/15_dilated.ipynb #c4357411
+# %% ../nbs/15_dilated.ipynb #f18ed3ed
 def window_offsets(
     kernel_size:int=3, # Keys along each side of the window, an odd number
     dilation:int=1,    # Pixels from a key to the next
@@ -23,7 +23,7 @@ def window_offsets(
     r = kernel_size // 2
     return [(dx * dilation, dy * dilation) for dy in range(-r, r + 1) for dx in range(-r, r + 1)]
 
-# %% ../nbs/15_dilated.ipynb #29d9b1be
+# %% ../nbs/15_dilated.ipynb #236e0e3d
 def dilated_attn_loop(q, k, v, kernel_size=3, dilation=1, padding=0., scale=None):
     "Sliding window dilated attention (SWDA) of DilateFormer, as the formula reads. Arguments as for `dilated_attn`."
     (b, n, d, h, w), out = q.shape, torch.zeros_like(q)
@@ -40,7 +40,7 @@ def dilated_attn_loop(q, k, v, kernel_size=3, dilation=1, padding=0., scale=None
         for a in range(d): out[i, m, a, y, x] = sum(p * v[i, m, a, r, c] for p, (r, c) in zip(shares, inside)) / total
     return out
 
-# %% ../nbs/15_dilated.ipynb #a622bbe4
+# %% ../nbs/15_dilated.ipynb #44d12084
 def outside_window(
     h:int, w:int,      # Size of the map
     kernel_size:int=3, # Keys along each side of the window
@@ -59,7 +59,7 @@ def _slices(x, kernel_size, dilation):
     x = F.pad(x, (r, r, r, r))
     return [x[..., r + dy:r + dy + h, r + dx:r + dx + w] for dx, dy in window_offsets(kernel_size, dilation)]
 
-# %% ../nbs/15_dilated.ipynb #cb702d08
+# %% ../nbs/15_dilated.ipynb #0e4de133
 def dilated_weights(q, k, kernel_size=3, dilation=1, padding=0., scale=None):
     "The softmax of each query's window, `b n k h w`. Arguments as for `dilated_attn`."
     q = q * (q.shape[2]**-0.5 if scale is None else scale)
@@ -75,7 +75,7 @@ def dilated_attn_eager(q, k, v, kernel_size=3, dilation=1, padding=0., scale=Non
     "The same in plain PyTorch: one key of the window at a time, for all queries. Arguments as for `dilated_attn`."
     return dilated_read(dilated_weights(q, k, kernel_size, dilation, padding, scale), v, kernel_size, dilation)
 
-# %% ../nbs/15_dilated.ipynb #3acd75ee
+# %% ../nbs/15_dilated.ipynb #d7a9030f
 @functools.cache
 def _compiled(kernel_size, dilation, padding):
     return compile_lazily(lambda q, k, v: dilated_attn_eager(q, k, v, kernel_size, dilation, padding, 1.))
@@ -84,7 +84,7 @@ def dilated_attn_compiled(q, k, v, kernel_size=3, dilation=1, padding=0., scale=
     "The same through `torch.compile`; the first call compiles. Arguments as for `dilated_attn`."
     return _compiled(kernel_size, dilation, padding)(q * (q.shape[2]**-0.5 if scale is None else scale), k, v)
 
-# %% ../nbs/15_dilated.ipynb #dc7422f2
+# %% ../nbs/15_dilated.ipynb #4559d90c
 @functools.lru_cache(1024)
 def _order(device, grad, size):
     kind = f"{device.type} {'forward+backward' if grad else 'forward'} 1e{len(str(size)) - 1}"
@@ -100,7 +100,7 @@ _dilated = Op('dilated_attn', _auto, native='dilated_kernel')
 for _name, _f in dict(loop=dilated_attn_loop, eager=dilated_attn_eager, compiled=dilated_attn_compiled).items():
     _dilated.way(_name, needs=needs_compiler if _name == 'compiled' else None)(_f)
 
-# %% ../nbs/15_dilated.ipynb #fe39312f
+# %% ../nbs/15_dilated.ipynb #91fcb337
 def check_window(kernel_size, dilation):
     "Raise `ArgumentError` unless this is a window around its query."
     whole = lambda o: isinstance(o, int) and not isinstance(o, bool) and o > 0
@@ -116,7 +116,7 @@ def check_qkv(q, k, v):
         check(x.dtype == q.dtype, name, x, f'the dtype of `q`, {q.dtype}')
     check_same_device(q=q, k=k, v=v)
 
-# %% ../nbs/15_dilated.ipynb #f92f7685
+# %% ../nbs/15_dilated.ipynb #2065fa0e
 def dilated_attn(
     q:Tensor,            # Queries, `b n d h w`
     k:Tensor,            # Keys, `b n d h w`
@@ -135,7 +135,7 @@ def dilated_attn(
     args = [o.float() if o.dtype in (torch.float16, torch.bfloat16) else o for o in (q, k, v)]
     return _dilated(*args, kernel_size, dilation, padding, scale).to(q.dtype)
 
-# %% ../nbs/15_dilated.ipynb #243aa728
+# %% ../nbs/15_dilated.ipynb #bcfa8d08
 class MultiDilatedAttention(nn.Module):
     "Groups of heads with one dilation each: multi-scale dilated attention (MSDA) of DilateFormer."
     def __init__(self,
