@@ -9,7 +9,7 @@ __all__ = ['block_of', 'window_start', 'read_loop', 'pair', 'window_attn_loop', 
            'NeighbourTable', 'NoBias', 'LocalHeads', 'swin_shift', 'dat_shift', 'ShiftedWindowAttention',
            'WindowAttention', 'fill_small', 'keep_small', 'NeighbourhoodAttention']
 
-# %% ../nbs/14_windows.ipynb #66737795
+# %% ../nbs/14_windows.ipynb #6b67041c
 import functools, math
 from itertools import product
 import torch, torch.nn.functional as F
@@ -17,12 +17,12 @@ from torch import nn, Tensor
 from einops import rearrange
 from .core import *
 
-# %% ../nbs/14_windows.ipynb #5ce50b7d
+# %% ../nbs/14_windows.ipynb #21562d63
 def block_of(i, size, shift):
     "Which block a row or column is in; the first full block begins at `shift`."
     return (i - shift) // size
 
-# %% ../nbs/14_windows.ipynb #1d8e9d3e
+# %% ../nbs/14_windows.ipynb #a09d97a0
 def window_start(
     i,              # Row or column of the query: a number or a tensor
     size:int,       # Rows or columns of the map
@@ -37,7 +37,7 @@ def window_start(
     start = start.clamp(min=0) if isinstance(start, Tensor) else max(start, 0)
     return start * dilation + i % dilation, low(count, count * 0 + kernel_size)
 
-# %% ../nbs/14_windows.ipynb #e4999d50
+# %% ../nbs/14_windows.ipynb #1ff7f23d
 def read_loop(q, k, v, seen, bias, out):
     "What one query `d` reads of the pixels `seen`, (row, column) each, with a bias each; written to `out`."
     d = len(q)
@@ -46,7 +46,7 @@ def read_loop(q, k, v, seen, bias, out):
     shares = [(o - top).exp() for o in logits]
     for a in range(d): out[a] = sum(p * v[a, r, c] for p, (r, c) in zip(shares, seen)) / sum(shares)
 
-# %% ../nbs/14_windows.ipynb #06d61605
+# %% ../nbs/14_windows.ipynb #a1e09846
 def pair(argument, o, least=1):
     "(height, width) from a whole number or two; raises `ArgumentError` for less than `least`."
     o = (o, o) if isinstance(o, int) else tuple(o) if isinstance(o, (list, tuple)) else o
@@ -54,7 +54,7 @@ def pair(argument, o, least=1):
     check(ok, argument, o, f'a whole number from {least}, or two: height and width')
     return o
 
-# %% ../nbs/14_windows.ipynb #d9927994
+# %% ../nbs/14_windows.ipynb #cc66a065
 def window_attn_loop(q, k, v, window_size, shift=0, bias=None):
     "Attention within blocks of pixels, as the picture says. Arguments as for `window_attn`."
     (b, n, d, h, w), out = q.shape, torch.zeros_like(q)
@@ -67,7 +67,7 @@ def window_attn_loop(q, k, v, window_size, shift=0, bias=None):
         read_loop(q[i, m, :, y, x], k[i, m], v[i, m], seen, extra, out[i, m, :, y, x])
     return out
 
-# %% ../nbs/14_windows.ipynb #c708d553
+# %% ../nbs/14_windows.ipynb #f08ebe18
 def neighbourhood_attn_loop(q, k, v, kernel_size, dilation=1, bias=None):
     "Each pixel reads the nearest `kernel_size**2`, as the formula reads. Arguments as for `neighbourhood_attn`."
     (b, n, d, h, w), out = q.shape, torch.zeros_like(q)
@@ -79,7 +79,7 @@ def neighbourhood_attn_loop(q, k, v, kernel_size, dilation=1, bias=None):
         read_loop(q[i, m, :, y, x], k[i, m], v[i, m], seen, extra, out[i, m, :, y, x])
     return out
 
-# %% ../nbs/14_windows.ipynb #a297430c
+# %% ../nbs/14_windows.ipynb #bccf64dc
 def to_blocks(x, window_size, shift):
     "`b n d h w` to `b g n t d`: pad to whole blocks, roll the shifted ones into place, and cut. `g` blocks of `t` pixels."
     (h, w), (wh, ww) = x.shape[-2:], window_size
@@ -92,7 +92,7 @@ def from_blocks(x, h, w, window_size, shift):
     x = rearrange(x, 'b (gh gw) n (th tw) d -> b n d (gh th) (gw tw)', gh=-(-h // wh), th=wh, tw=ww)
     return x.roll(shift, (-2, -1))[..., :h, :w]
 
-# %% ../nbs/14_windows.ipynb #c4e50fb7
+# %% ../nbs/14_windows.ipynb #d7d22197
 def block_mask(
     h:int, w:int, # Size of the map
     window_size,  # (height, width) of a block
@@ -108,7 +108,7 @@ def block_mask(
     y, x = (o[:, :, None] == o[:, None] for o in (y, x))
     return (y[:, None, :, None, :, None] & x[None, :, None, :, None, :]).flatten(0, 1).flatten(1, 2).flatten(2)[:, None]
 
-# %% ../nbs/14_windows.ipynb #1240f0cc
+# %% ../nbs/14_windows.ipynb #6811e1eb
 def window_attn_eager(q, k, v, window_size, shift=0, bias=None, attn_drop=0.):
     "The same by dense attention within each block. Arguments as for `window_attn`."
     window_size, shift = pair('window_size', window_size), pair('shift', shift, 0)
@@ -119,7 +119,7 @@ def window_attn_eager(q, k, v, window_size, shift=0, bias=None, attn_drop=0.):
     out = F.scaled_dot_product_attention(*(to_blocks(o, window_size, shift) for o in (q, k, v)), attn_mask=mask, dropout_p=attn_drop)
     return from_blocks(out, h, w, window_size, shift)
 
-# %% ../nbs/14_windows.ipynb #14bfc48b
+# %% ../nbs/14_windows.ipynb #c2dcb191
 def tile_axis(size, kernel_size, dilation, tile, device=None):
     "One axis in tiles of neighbouring queries: their places `g t`, places of the keys that any of them needs `g u`, and the table's row for each pair `g t u`, -1 for none."
     place = torch.arange(dilation, device=device)[:, None, None]            # a class of every dilation-th pixel
@@ -136,7 +136,7 @@ def tile_axis(size, kernel_size, dilation, tile, device=None):
     row = torch.where(seen, row, -1)
     return queries, keys.clamp(max=size - 1), torch.where(idle, kernel_size - 1, row)
 
-# %% ../nbs/14_windows.ipynb #c8a8fb3b
+# %% ../nbs/14_windows.ipynb #2ce9e9ca
 def _lookup(bias, dy, dx):
     "The table `n 2k-1 2k-1` for all pairs of tiles: `gh gw n th tw uh uw`."
     rows = bias.index_select(1, dy.flatten()).index_select(2, dx.flatten())
@@ -156,7 +156,7 @@ def neighbourhood_attn_eager(q, k, v, kernel_size, dilation=1, bias=None, attn_d
     back = lambda queries, size: queries.flatten().argsort()[:size]
     return out.index_select(-2, back(qy, h)).index_select(-1, back(qx, w))
 
-# %% ../nbs/14_windows.ipynb #936e0df6
+# %% ../nbs/14_windows.ipynb #979c3cbb
 @functools.cache
 def _compiled(f, *sizes): return compile_lazily(lambda q, k, v, bias: f(q, k, v, *sizes, bias))
 
@@ -172,7 +172,7 @@ _window, _neighbourhood = Op('window_attn', native='window_kernel'), Op('neighbo
 for _op, _ways in ((_window, (window_attn_loop, window_attn_eager, window_attn_compiled)), (_neighbourhood, (neighbourhood_attn_loop, neighbourhood_attn_eager, neighbourhood_attn_compiled))):
     for _name, _f in zip(('loop', 'eager', 'compiled'), _ways): _op.way(_name, needs=needs_compiler if _name == 'compiled' else None)(_f)
 
-# %% ../nbs/14_windows.ipynb #0f24e94e
+# %% ../nbs/14_windows.ipynb #0289ccd5
 def _check_heads(q, k, v, bias, pattern, **sizes):
     "Raise `ArgumentError` unless these are maps of heads `b n d h w`, alike, and a bias for them."
     found = check_shape('q', q, 'b n d h w')
@@ -200,7 +200,7 @@ def window_attn(
     t = window_size[0] * window_size[1]
     return _window(q, k, v, window_size, shift, _check_heads(q, k, v, bias, f'n {t} {t}'))
 
-# %% ../nbs/14_windows.ipynb #bc6a33ea
+# %% ../nbs/14_windows.ipynb #4ef5970d
 def neighbourhood_attn(
     q:Tensor,        # Queries, `b n d h w`
     k:Tensor,        # Keys, `b n d h w`
@@ -215,7 +215,7 @@ def neighbourhood_attn(
     side = 2 * kernel_size - 1
     return _neighbourhood(q, k, v, kernel_size, dilation, _check_heads(q, k, v, bias, f'n {side} {side}'))
 
-# %% ../nbs/14_windows.ipynb #18784c9a
+# %% ../nbs/14_windows.ipynb #66f48b5a
 class WindowTable(nn.Module):
     "A trainable number for each head and displacement of two pixels of a block: Swin, equation 4."
     def __init__(self, num_heads, window_size):
@@ -249,7 +249,7 @@ class NoBias(nn.Module):
     def __init__(self, num_heads, size): super().__init__()
     def forward(self): return None
 
-# %% ../nbs/14_windows.ipynb #1a81e5c6
+# %% ../nbs/14_windows.ipynb #7407a4bc
 class LocalHeads(nn.Module):
     "What the attentions of this chapter share: one map for queries, keys and values, heads, and one for the result."
     def __init__(self, dim, num_heads, qkv_bias=True, attn_drop=0., proj_drop=0.):
@@ -271,7 +271,7 @@ class LocalHeads(nn.Module):
         "What each pixel has read. Raises `ArgumentError`."
         return self.mix(self.attend(*self.heads(x)))
 
-# %% ../nbs/14_windows.ipynb #6ab6221f
+# %% ../nbs/14_windows.ipynb #72952155
 def swin_shift(window_size): # A number, or (height, width)
     "Half a block, rounded down: Swin's (rows, columns)."
     return tuple(o // 2 for o in pair('window_size', window_size))
@@ -306,7 +306,7 @@ class WindowAttention(ShiftedWindowAttention):
     def __init__(self, dim, window_size, num_heads, bias=WindowTable, qkv_bias=True, attn_drop=0., proj_drop=0.):
         super().__init__(dim, window_size, num_heads, 0, bias, qkv_bias, attn_drop, proj_drop)
 
-# %% ../nbs/14_windows.ipynb #ac109e56
+# %% ../nbs/14_windows.ipynb #1e9da78f
 def fill_small(x, kernel_size, dilation):
     "A map smaller than its windows gets zeros at the right and at the bottom, which are read like pixels: official DAT++."
     h, w = x.shape[-2:]

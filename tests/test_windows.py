@@ -183,3 +183,26 @@ def test_bad_arguments():
                        (lambda: WindowAttention(12, -1, 3), 'window_size'), (lambda: NeighbourhoodAttention(12, 4, 3), 'kernel_size'), (lambda: NeighbourhoodAttention(12, 3, 3, 0), 'dilation'),
                        (lambda: WindowAttention(12, 4, 3)(torch.randn(1, 11, 4, 4)), 'x')):
         with pytest.raises(ArgumentError, match=f'`{name}`'): make()
+
+# ---- the figure to move
+
+def figure():
+    "The moving figure's function, as it stands in the chapter."
+    cells = json.loads((Path(__file__).parents[1]/'nbs/14_windows.ipynb').read_text())['cells']
+    html = [''.join(o['data']['text/html']) for c in cells for o in c.get('outputs', []) if 'text/html' in o.get('data', {})]
+    page, = [o for o in html if 'id="live-windows"' in o]
+    return re.search(r'\nfunction along\(.*?\n\}', page, re.S)[0]
+
+@pytest.mark.skipif(not shutil.which('node'), reason='no node on the path')
+def test_the_moving_figure_repeats_the_rules():
+    cases = [(kind, p, size) for kind in ('blocks', 'swin', 'dat', 'near', 'far') for size in (14, 21) for p in range(size)]
+    script = f'{figure()}\nconsole.log(JSON.stringify([' + ','.join(f'along("{k}", {p}, {size})' for k, p, size in cases) + ']))'
+    theirs = json.loads(subprocess.run(['node', '-e', script], capture_output=True, text=True, check=True, timeout=60).stdout)
+    shift = dict(blocks=0, swin=swin_shift(7)[0], dat=dat_shift(7)[0])
+    for (kind, p, size), got in zip(cases, theirs):
+        if kind in shift: want = [r for r in range(size) if block_of(r, 7, shift[kind]) == block_of(p, 7, shift[kind])]
+        else:
+            dilation = dict(near=1, far=2)[kind]
+            first, count = window_start(p, size, 7, dilation)
+            want = [first + i * dilation for i in range(count)]
+        assert got == want
