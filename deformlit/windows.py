@@ -6,7 +6,7 @@
 __all__ = ['block_of', 'window_start', 'read_loop', 'pair', 'window_attn_loop', 'neighbourhood_attn_loop', 'to_blocks',
            'from_blocks', 'block_mask', 'window_attn_eager', 'tile_axis', 'neighbourhood_attn_eager',
            'window_attn_compiled', 'neighbourhood_attn_compiled', 'window_attn', 'neighbourhood_attn', 'WindowTable',
-           'NeighbourTable', 'NoBias', 'LocalHeads', 'swin_shift', 'dat_shift', 'ShiftedWindowAttention',
+           'NeighbourTable', 'NoTable', 'LocalHeads', 'swin_shift', 'dat_shift', 'ShiftedWindowAttention',
            'WindowAttention', 'fill_small', 'keep_small', 'NeighbourhoodAttention']
 
 # %% ../nbs/14_windows.ipynb #6b67041c
@@ -244,7 +244,7 @@ class NeighbourTable(nn.Module):
     def reset_parameters(self): nn.init.trunc_normal_(self.table, std=.02)
     def forward(self): return self.table # `n 2k-1 2k-1`
 
-class NoBias(nn.Module):
+class NoTable(nn.Module):
     "No bias, where a part for it is asked for."
     def __init__(self, num_heads, size): super().__init__()
     def forward(self): return None

@@ -154,7 +154,7 @@ def test_constant_values_stay():
 
 @each
 def test_no_bias_and_dropout(make):
-    m, x = make(bias=NoBias), torch.randn(1, 12, 6, 7)
+    m, x = make(bias=NoTable), torch.randn(1, 12, 6, 7)
     assert m(x).shape == x.shape and not list(m.bias.parameters())
     m = make(attn_drop=.5, proj_drop=.1)
     assert not torch.allclose(m(x), m(x))
