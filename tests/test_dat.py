@@ -1,7 +1,7 @@
 """DAT and DAT++ beyond the golden files: counts, formula weights of the full size, sizes, types, compilation, checkpointing, official files."""
-import functools, math, pickle, sys, types, zlib
+import functools, math, pickle, sys, types
 
-import numpy as np, pytest, torch
+import formula, pytest, torch
 from torch import nn
 from torch.testing import assert_close
 from deformlit.backbones import *
@@ -87,18 +87,6 @@ def test_options_run(base, args, name):
 
 # ---- formula weights: numbers that the official code gave, for weights that a formula makes
 
-def noise(n, seed):
-    x = np.arange(n, dtype=np.uint32) + np.uint32(seed)
-    x ^= x >> np.uint32(16); x *= np.uint32(0x85ebca6b); x ^= x >> np.uint32(13); x *= np.uint32(0xc2b2ae35); x ^= x >> np.uint32(16)
-    return torch.from_numpy(x / 2**32 - .5)
-
-def formula(key, shape):
-    "The tensor of an official name."
-    u = noise(math.prod(shape), zlib.crc32(key.encode())).reshape(shape)
-    if key.endswith(('rpe_table', 'relative_position_bias_table', '.rpb')): return 2 * u
-    if len(shape) > 1: return 2 * u * math.sqrt(3 / u[0].numel())
-    return 1 + .4 * u if key.endswith('.weight') else .4 * u
-
 GOLDEN = dict(
     dat_tiny=dict(first=(.57833042, -.74029338, 1.03095177), last=-.26425670, mean=-6.4053336957e-02, l2=3.2145410567e+01, argmax=572,
         stages=(8.3664910484e+02, 6.2330667384e+02, 8.0316929548e+02, 3.7530813248e+02), stage_first=((-.42757059, -.80172511, .23285759), (-1.89914767, .15663858, -.66284764), (-1.79056815, .57019664, .65689374), (1.10503918, .75901399, 1.01117911)),
@@ -114,8 +102,8 @@ GOLDEN = dict(
 def formula_model(name, dtype):
     model = getattr(sys.modules['deformlit.dat'], name)().to(dtype).eval()
     state = model.state_dict()
-    load_weights(model, {e.theirs[0]: formula(e.theirs[0], state[e.ours[0]].shape).to(dtype) for e in entries(model, 'official')}, 'official')
-    return model, (noise(3 * 224 * 224, zlib.crc32(b'input')) * math.sqrt(12)).reshape(1, 3, 224, 224).to(dtype)
+    load_weights(model, formula.weights({e.theirs[0]: state[e.ours[0]] for e in entries(model, 'official')}), 'official')
+    return model, formula.image(1, 3, 224, 224).to(dtype)
 
 def near_to(got, want, tolerance=1e-4): assert abs(float(got) - want) <= tolerance * max(1, abs(want)), (float(got), want)
 

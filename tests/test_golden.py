@@ -31,25 +31,13 @@ from truth import need_native
 folder = Path(os.environ.get('DEFORMLIT_GOLDEN', Path(__file__).parents[1]/'../shared/golden/A'))
 if not folder.is_dir(): pytest.skip(f'no golden files: {folder} is not a folder (set DEFORMLIT_GOLDEN)', allow_module_level=True)
 
-<<<<<<< HEAD
-# Kinds of systems that another file compares, and kinds that are not built. A kind that is neither here nor in `SYSTEMS` fails.
-ELSEWHERE = {
-    'DAttentionBaseline': 'test_golden_bias.py',
-    'LocalAttention': 'test_golden_windows.py', 'ShiftWindowAttention': 'test_golden_windows.py', 'NeighborhoodAttention2D': 'test_golden_windows.py',
-    'DilateAttention': 'test_golden_windows.py', 'MultiDilatelocalAttention': 'test_golden_windows.py',
-    'DAT': 'test_golden_dat.py', 'TransformerMLP': 'test_golden_dat.py', 'TransformerMLPWithConv': 'test_golden_dat.py',
-}
-PENDING = {
-    'PyramidAttention',             # in no published model
-    'Dilateformer', 'DilateBlock', 'GlobalBlock',
-=======
 # Kinds of systems that are not built yet. A kind that is neither here, nor in `SYSTEMS`, nor compared in another file, fails.
-PENDING = {'DAT', 'PyramidAttention', 'TransformerMLP', 'TransformerMLPWithConv'}
+PENDING = {'PyramidAttention'}      # in no published model
 ELSEWHERE = {
     'test_golden_bias': {'DAttentionBaseline'},
     'test_golden_windows': {'LocalAttention', 'ShiftWindowAttention', 'NeighborhoodAttention2D', 'DilateAttention', 'MultiDilatelocalAttention'},
+    'test_golden_dat': {'DAT', 'TransformerMLP', 'TransformerMLPWithConv'},
     'test_golden_dilate': {'Dilateformer', 'DilateBlock', 'GlobalBlock'},
->>>>>>> dil
 }
 
 # ---- the files
@@ -68,11 +56,7 @@ class Fixture:
         state |= {missing: state[stored] for missing, stored in (self.meta.get('tied') or {}).items()}
         return {n: t.float() if t.dtype == torch.float16 else t for n, t in state.items()}
     def check(self, name, got, parity=None, what='', mask=None):
-<<<<<<< HEAD
-        "Compare with the file's tensor and tell `parity`, if it is given; `mask` is True where a value counts."
-=======
         "Compare with the file's tensor, and tell `parity` if it is given; `mask` is True where a value counts."
->>>>>>> dil
         want = self.tensors[name]
         assert got is not None, f'{name}: we have none'
         assert got.shape == want.shape, f'{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}'
@@ -398,12 +382,9 @@ SYSTEMS = {'ms_deform_attn_core_pytorch': Op, 'MSDeformAttn': Module, 'Deformabl
 # ---- the comparison
 
 NAMES = {'ms_deform_attn_core_pytorch': 'deformable attention', 'MSDeformAttn': 'deformable attention', 'DETR': 'DETR', 'DeformableDETR': 'Deformable DETR', 'DeformableDETR two_stage': 'two-stage Deformable DETR',
-<<<<<<< HEAD
-         'DAT': 'DAT', 'TransformerMLP': 'DAT', 'TransformerMLPWithConv': 'DAT', 'DABDETR': 'DAB-DETR', 'DABDeformableDETR': 'DAB-Deformable-DETR', 'criterion softmax': 'softmax set loss', 'criterion focal': 'focal set loss', 'criterion DAB': "DAB-DETR's set loss"}     # on the page
-=======
          'DABDETR': 'DAB-DETR', 'DABDeformableDETR': 'DAB-Deformable-DETR', 'criterion softmax': 'softmax set loss', 'criterion focal': 'focal set loss', 'criterion DAB': "DAB-DETR's set loss",
-         'Dilateformer': 'DilateFormer', 'DilateBlock': 'DilateFormer', 'GlobalBlock': 'DilateFormer'}     # on the page
->>>>>>> dil
+         'Dilateformer': 'DilateFormer', 'DilateBlock': 'DilateFormer', 'GlobalBlock': 'DilateFormer',
+         'DAT': 'DAT', 'TransformerMLP': 'DAT', 'TransformerMLPWithConv': 'DAT'}     # on the page
 PARTS = [('backbone.', 'backbone maps and masks'), ('pos', 'position encodings'), ('memory', 'encoder'), ('hs', 'decoder states, all layers'), ('aux_outputs.', 'outputs of the earlier layers'), ('pred_', 'outputs'),
          ('enc_', 'proposals'), ('indices.', 'matched indices'), ('losses.', 'losses'), ('total', 'losses'), ('postprocess.', 'detections')]
 
@@ -456,21 +437,11 @@ def test_golden(name, case, way, parity):
 @pytest.mark.parametrize('name', [n for n, (k, _) in FILES.items() if k not in SYSTEMS and not any(k in kinds for kinds in ELSEWHERE.values())])
 def test_no_unknown_system(name):
     kind_, cases = FILES[name]
-    if kind_ in ELSEWHERE: assert (Path(__file__).parent/ELSEWHERE[kind_]).is_file() and kind_ in (Path(__file__).parent/ELSEWHERE[kind_]).read_text(encoding='utf-8')
-    else:
-        assert kind_ in PENDING, f"{name}: the system '{kind_}' is neither built here nor named as pending"
-        pytest.skip(f'pending: {kind_}')
+    assert kind_ in PENDING, f"{name}: the system '{kind_}' is neither built here nor named as pending"
+    pytest.skip(f'pending: {kind_}')
 
 def test_all_files_are_counted(tell, parity):
     assert FILES, f'{folder} holds no golden files'
-<<<<<<< HEAD
-    assert not PENDING & {*SYSTEMS, *ELSEWHERE}, 'built, but still named as pending'
-    ran = {name for name, _ in RUN} | {name for name, (k, _) in FILES.items() if k in ELSEWHERE}
-    if len(ran) < len(FILES): parity.left_out('systems to come', 'official files', f'{len(FILES) - len(ran)} of {len(FILES)} files: ' + ', '.join(sorted({k for k, _ in FILES.values() if k not in SYSTEMS and k not in ELSEWHERE})))
-    parity.left_out("DAB-DETR's set loss", 'official files', "our GIoU as it is: this repository alone adds 1e-6 to what it divides by, and so does the test to ours")
-    parity.left_out('two-stage Deformable DETR', 'official files', 'tokens without a proposal among the best: the official code may choose them, ours only where nothing else is left (`rank=class_zero` is the official way); no file has such a case')
-    tell(f'golden: {len(RUN)} cases here; {len(ran)} of {len(FILES)} files are compared here or elsewhere')
-=======
     assert not PENDING & set(SYSTEMS), 'built, but still named as pending'
     ran = {name for name, _ in RUN}
     others = {n for n, (k, _) in FILES.items() if any(k in kinds for kinds in ELSEWHERE.values())}
@@ -479,7 +450,6 @@ def test_all_files_are_counted(tell, parity):
     parity.left_out("DAB-DETR's set loss", 'official files', "our GIoU as it is: this repository alone adds 1e-6 to what it divides by, and so does the test to ours")
     parity.left_out('two-stage Deformable DETR', 'official files', 'tokens without a proposal among the best: the official code may choose them, ours only where nothing else is left (`rank=class_zero` is the official way); no file has such a case')
     tell(f'golden: {len(RUN)} cases of {len(ran)} files; {len(others)} files are compared elsewhere, {len(FILES) - len(ran | others)} of {len(FILES)} are pending')
->>>>>>> dil
 
 # ---- the key tables
 
