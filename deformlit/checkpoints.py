@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['deformable_detr_official', 'two_stage_official', 'dab_deformable_official', 'detr_official', 'dab_detr_official',
-           'deformable_detr_transformers', 'two_stage_transformers', 'detr_transformers', 'dab_detr_transformers',
-           'resnet_transformers', 'msda_official', 'TABLES', 'LEFTOVERS', 'WEIGHTS', 'FACTORIES', 'PARTS', 'detr_words',
-           'dab_words', 'deformable_words', 'SYSTEMS', 'version4', 'own_resnet', 'Line', 'parse_line', 'fill', 'Entry',
-           'entries', 'layouts', 'to_layout', 'read_entry', 'Report', 'fold_names', 'from_layout', 'fits',
-           'guess_layout', 'read_weights', 'read_json', 'save_weights', 'class_layers', 'start_classes', 'WeightsError',
-           'load_weights', 'defaults_of', 'create_detector', 'from_config', 'with_classes', 'System', 'words_of',
-           'from_transformers', 'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained',
-           'from_pretrained']
+           'dilateformer_official', 'deformable_detr_transformers', 'two_stage_transformers', 'detr_transformers',
+           'dab_detr_transformers', 'resnet_transformers', 'msda_official', 'TABLES', 'LEFTOVERS', 'WEIGHTS',
+           'FACTORIES', 'PARTS', 'detr_words', 'dab_words', 'deformable_words', 'SYSTEMS', 'version4', 'own_resnet',
+           'Line', 'parse_line', 'fill', 'Entry', 'entries', 'layouts', 'to_layout', 'read_entry', 'Report',
+           'fold_names', 'from_layout', 'fits', 'guess_layout', 'read_weights', 'read_json', 'save_weights',
+           'class_layers', 'start_classes', 'WeightsError', 'load_weights', 'defaults_of', 'create_detector',
+           'from_config', 'with_classes', 'System', 'words_of', 'from_transformers', 'to_transformers',
+           'save_pretrained', 'find_folder', 'load_pretrained', 'from_pretrained']
 
 # %% ../nbs/26_checkpoints.ipynb #e846360e
 import argparse, importlib, inspect, json, math, pickle, re
@@ -27,6 +27,7 @@ from .backbones import *
 from .detr import *
 from .deformable_detr import *
 from .dab_detr import *
+from .dilateformer import *
 
 # %% ../nbs/26_checkpoints.ipynb #db976829
 deformable_detr_official = '''
@@ -154,6 +155,20 @@ heads.boxes.mlp.{j}.{p}                       bbox_embed.layers.{j/2}.{p}
 heads.steps.mlp.{j}.{p}                       bbox_embed.layers.{j/2}.{p} = transformer.decoder.bbox_embed.layers.{j/2}.{p}
 heads.boxes.mlps.{i}.{j}.{p}                  bbox_embed.{i}.layers.{j/2}.{p}
 heads.steps.mlps.{i}.{j}.{p}                  bbox_embed.{i}.layers.{j/2}.{p} = transformer.decoder.bbox_embed.{i}.layers.{j/2}.{p}
+'''
+
+# %% ../nbs/26_checkpoints.ipynb #6383fe5f
+dilateformer_official = '''
+stem.{j}.{p}                                  patch_embed.proj.{j}.{p}
+stem.{p}                                      patch_embed.proj.{p}
+stages.{i}.{d}.position.conv.{p}              stages.{i}.blocks.{d}.pos_embed.{p}
+stages.{i}.{d}.norm{k}.{p}                    stages.{i}.blocks.{d}.norm{k}.{p}
+stages.{i}.{d}.attn.{o}.{p}                   stages.{i}.blocks.{d}.attn.{o}.{p}
+stages.{i}.{d}.mlp.fc{k}.{p}                  stages.{i}.blocks.{d}.mlp.fc{k}.{p}
+downs.{i}.position.conv.{p}                   stages.{i}.downsample.pos_embed.{p}
+downs.{i}.{j}.{p}                             stages.{i}.downsample.proj.{j}.{p}
+norm.{p}                                      norm.{p}
+head.{p}                                      head.{p}
 '''
 
 # %% ../nbs/26_checkpoints.ipynb #cca8ff50
@@ -293,7 +308,8 @@ TABLES = dict(
     official={
         MSDeformAttn: msda_official, DETR: detr_official, DeformableDETR: deformable_detr_official, TwoStageDETR: two_stage_official + deformable_detr_official,
         DABDETR: dab_detr_official, DABDeformableDETR: dab_deformable_official + deformable_detr_official,
-        TwoStageDABDeformableDETR: two_stage_official + dab_deformable_official + deformable_detr_official},
+        TwoStageDABDeformableDETR: two_stage_official + dab_deformable_official + deformable_detr_official,
+        DilateFormer: dilateformer_official},
     transformers={
         MSDeformAttn: msda_official, DETR: detr_transformers, DeformableDETR: deformable_detr_transformers, TwoStageDETR: two_stage_transformers + deformable_detr_transformers,
         DABDETR: dab_detr_transformers, DABDeformableDETR: None, TwoStageDABDeformableDETR: None})
@@ -546,13 +562,15 @@ def _split_weights(weights, size):
 # %% ../nbs/26_checkpoints.ipynb #ffa54a38
 def class_layers(model:nn.Module) -> dict: # {name: `nn.Linear`}
     "The layers that say classes."
-    return {f'{n}.classes'.lstrip('.'): m.classes for n, m in model.named_modules() if isinstance(getattr(m, 'classes', None), nn.Linear)}
+    found = {'head': model.head} if isinstance(model, HierarchicalModel) and model.num_classes else {}
+    return found | {f'{n}.classes'.lstrip('.'): m.classes for n, m in model.named_modules() if isinstance(getattr(m, 'classes', None), nn.Linear)}
 
 def start_classes(
     model:nn.Module,
     prior:float=0.01, # Probability of each class, where classes are said by a sigmoid
 ):
     "New weights for the layers that say classes, as in a new model."
+    if isinstance(model, HierarchicalModel): return model.reset_classifier(model.num_classes)
     focal = model.detect is detect
     for layer in class_layers(model).values():
         layer.reset_parameters()
@@ -567,22 +585,27 @@ def load_weights(
     source,           # A state dict, or a path for `read_weights`
     layout=None,      # Layout of its names; None: the one with the most names in `source`
     allow=(),         # Names or patterns, as `'heads.*'`: what may be wrong with these is only reported
-    new_classes=False,# True: the layers that say classes start anew, whatever the file has for them
+    new_classes=False,# True: the layers that say classes start anew, whatever the file has for them; None: if it has another number of classes
 ) -> Report:
     "Load weights of any known layout. Raises `WeightsError`, and leaves the model as it was, unless every name fits or is allowed."
     weights = dict(source) if hasattr(source, 'keys') else read_weights(source)
     classes = [f'{n}.*' for n in class_layers(model)]
-    ours, report = from_layout(model, weights, layout or guess_layout(model, weights), classes if new_classes else ())
+    layout = layout or guess_layout(model, weights)
+    ours, report = from_layout(model, weights, layout, classes if new_classes else ())
+    if new_classes is None and _other_number(report.wrong, classes): return load_weights(model, weights, layout, allow, True)
     bad = {name: line for name, line in report.wrong.items() if not fits(name, allow)}
     if bad: raise WeightsError(f"{len(bad)} names do not fit {type(model).__name__} (layout '{report.layout}'):\n  " + '\n  '.join(sorted(bad.values())) + _hint(bad, classes))
     if new_classes: start_classes(model)
     model.load_state_dict(ours, strict=False)
     return report
 
+def _other_number(bad, classes):
+    "Has the file another number of classes?"
+    return any(fits(n, classes) and line.startswith('another shape') for n, line in bad.items())
+
 def _hint(bad, classes):
-    "What to do about another number of classes."
-    other = any(fits(n, classes) and line.startswith('another shape') for n, line in bad.items())
-    return '\nAnother number of classes? `new_classes=True` keeps all but the layers that say classes.' if other else ''
+    "What to do about it."
+    return '\nAnother number of classes? `new_classes=True` keeps all but the layers that say classes.' if _other_number(bad, classes) else ''
 
 # %% ../nbs/26_checkpoints.ipynb #462fcce7
 FACTORIES = {f.__name__: f for f in (detr, deformable_detr, two_stage_detr, dab_detr, dab_deformable_detr, two_stage_dab_deformable_detr)}
@@ -621,13 +644,14 @@ def create_detector(
 
 # %% ../nbs/26_checkpoints.ipynb #bac40edb
 def from_config(
-    config:dict,      # Of `create_detector`, of a run of `deformlit-train`, or of transformers
+    config:dict,      # Of `create_detector` or `create_model`, of a run of `deformlit-train`, or of transformers
     num_classes=None, # Another number of classes
-) -> Detector:
-    "The detector that a `config.json` describes, with new weights. Raises `ArgumentError` where it describes none of ours."
+) -> nn.Module:       # `Detector`, or `HierarchicalModel`
+    "The model that a `config.json` describes, with new weights. Raises `ArgumentError` where it describes none of ours."
     if 'model_type' in config: config = from_transformers(config)
     if 'factory' in config: return create_detector(**with_classes(config, num_classes))
-    check({'model', 'vocab'} <= config.keys(), 'config', f"fields {', '.join(list(config)[:5])}", "a field 'factory' (ours), 'model' and 'vocab' (a run of deformlit-train), or 'model_type' (transformers)")
+    if 'architecture' in config: return create_model(**{'name' if k == 'architecture' else k: v for k, v in with_classes(config, num_classes).items()})
+    check({'model', 'vocab'} <= config.keys(), 'config', f"fields {', '.join(list(config)[:5])}", "a field 'factory' (our detectors), 'architecture' (our models of images), 'model' and 'vocab' (a run of deformlit-train), or 'model_type' (transformers)")
     config = config if num_classes in (None, len(config['vocab'])) else config | dict(vocab=[str(i) for i in range(num_classes)])
     model = importlib.import_module('deformlit.train').build_model(config)
     model.config = config
@@ -726,7 +750,7 @@ def to_transformers(
 ) -> dict:                        # What its `config.json` should say
     "A configuration of ours in the words of transformers. Raises `ArgumentError` for a model that it does not have."
     rows = [s for s in SYSTEMS if config.get('factory') == s.factory and all(config[k] == v for k, v in s.ours.items())]
-    told = f"{config.get('factory', 'a run of deformlit-train')} with heads {config.get('heads')}"
+    told = f"{config.get('factory') or config.get('architecture', 'a run of deformlit-train')} with heads {config.get('heads')}"
     check(rows, 'config', told, f"a system that transformers has: {', '.join(f'{s.factory} with {s.ours}' for s in SYSTEMS)}")
     fields = dict(rows[0].theirs)
     for ours, theirs in words_of(rows[0]).items(): fields |= dict.fromkeys(theirs, config[ours])
@@ -751,15 +775,15 @@ def _our_backbone(words, layout):
 
 # %% ../nbs/26_checkpoints.ipynb #7d5a7c62
 def save_pretrained(
-    model:Detector,
+    model:nn.Module,     # `Detector` or `HierarchicalModel`
     folder,              # Is made if it is not there
-    config:dict=None,    # How to build the model: arguments of `create_detector`; None: `model.config`
+    config:dict=None,    # How to build the model: arguments of `create_detector` or `create_model`; None: `model.config`
     layout:str='ours',   # Or one of transformers' layouts; its library reads a folder of 'transformers4'
     shard_size:int=None, # As in `save_weights`
 ):
     "Write `model.safetensors` and `config.json`, from which `from_pretrained` makes the model again."
     config, folder = config or getattr(model, 'config', None), Path(folder)
-    check(config, 'config', config, 'how this model is built, in words: it was not made by `create_detector` or `from_pretrained`')
+    check(config, 'config', config, 'how this model is built, in words: it was not made by `create_detector`, `create_model` or `from_pretrained`')
     check(layout == 'ours' or layout.startswith('transformers'), 'layout', layout, "'ours', or one of transformers; official code reads files of `save_weights`")
     with torch.device('meta'): twin = from_config(config)
     shapes = [{n: tuple(o.shape) for n, o in m.state_dict().items()} for m in (twin, model)]
@@ -794,8 +818,8 @@ def load_pretrained(
     num_classes=None, # Another number of classes than the folder's: layers that say classes start anew
     allow=(),         # As in `load_weights`
     revision=None,    # On the hub
-) -> tuple:           # `Detector` in eval mode; `Report`
-    "A detector with the weights of a folder, and what became of them."
+) -> tuple:           # `Detector` or `HierarchicalModel`, in eval mode; `Report`
+    "A model with the weights of a folder, and what became of them."
     folder = find_folder(source, revision)
     config = read_json(folder/'config.json')
     model = from_config(config, num_classes)
@@ -806,8 +830,8 @@ def _outputs(model): return {n: o.out_features for n, o in class_layers(model).i
 
 # %% ../nbs/26_checkpoints.ipynb #72918283
 def from_pretrained(cls, source, num_classes=None, allow=(), revision=None):
-    "A detector of this class from a folder or the hub, in eval mode; arguments as in `load_pretrained`. What became of the weights is told by `model.report`."
+    "A model of this class from a folder or the hub, in eval mode; arguments as in `load_pretrained`. What became of the weights is told by `model.report`."
     model, model_report = load_pretrained(source, num_classes, allow, revision)
-    check(isinstance(model, cls), 'source', f'{source}, which is a {type(model).__name__}', f'a {cls.__name__}; `Detector.from_pretrained` takes any')
+    check(isinstance(model, cls), 'source', f'{source}, which is a {type(model).__name__}', f'a {cls.__name__}; `{"HierarchicalModel" if isinstance(model, HierarchicalModel) else "Detector"}.from_pretrained` takes any')
     model.report = model_report
     return model
