@@ -583,8 +583,8 @@ class PatchConv(nn.Conv2d):
     "A convolution of patches side by side; zeros on the right and below fill up the last ones."
     def __init__(self, ni, nf, size, bias=True): super().__init__(ni, nf, size, size, bias=bias)
     def forward(self, x): # `b c h w` -> `b c h w`, sides divided by `size` and rounded up
-        h, w = x.shape[-2:]
-        return super().forward(F.pad(x, (0, -w % self.stride[1], 0, -h % self.stride[0])))
+        sh, sw = self.stride
+        return super().forward(F.pad(x, (0, sw - 1, 0, sh - 1)))      # what fills no patch is dropped; sides stay simple formulas for the compiler
 
 # %% ../nbs/20_backbones.ipynb #0bd50070
 MODELS = {} # {name: (module, where the official weights are)}
