@@ -9,7 +9,7 @@ __all__ = ['first_deformed', 'around_loop', 'Around', 'PlusAround', 'ConvMLP', '
            'dat_small', 'dat_base', 'dat_base_384', 'dat_pp_tiny', 'dat_pp_small', 'dat_pp_base', 'dat_pp_base_384',
            'show_attended']
 
-# %% ../nbs/21_dat.ipynb #8eb1ee48
+# %% ../nbs/21_dat.ipynb #1e42f313
 import functools
 from itertools import product
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .deformed_keys import *
 from .windows import *
 from .backbones import *
 
-# %% ../nbs/21_dat.ipynb #c3f61752
+# %% ../nbs/21_dat.ipynb #c4fed21b
 def around_loop(
     x:Tensor,      # `b c h w`
     weight:Tensor, # `c 1 3 3`
@@ -35,7 +35,7 @@ def around_loop(
         out[i, a, row, col] = bias[a] + sum(weight[a, 0, y + 1, z + 1] * x[i, a, row + y, col + z] for y, z in inside)
     return out
 
-# %% ../nbs/21_dat.ipynb #1a6208a0
+# %% ../nbs/21_dat.ipynb #c98f7ec4
 class Around(nn.Conv2d):
     "A weighted sum of the 3 x 3 neighbours, in each channel alone: a depthwise convolution."
     def __init__(self,
@@ -46,7 +46,7 @@ class PlusAround(Around):
     "The same, added to the pixel: the local perception unit of DAT++."
     def forward(self, x): return x + super().forward(x) # `b c h w` -> `b c h w`
 
-# %% ../nbs/21_dat.ipynb #a1d60c87
+# %% ../nbs/21_dat.ipynb #2f073a05
 class ConvMLP(nn.Module):
     "Linear, a look around, activation, linear: the MLP of DAT++."
     def __init__(self,
@@ -65,7 +65,7 @@ class FirstConvMLP(ConvMLP):
     def __init__(self, dim, hidden, drop=0.): super().__init__(dim, hidden, drop, Around)
     def forward(self, x): return self.drop(self.fc2(self.drop(self.act(self.around(self.fc1(x))))))
 
-# %% ../nbs/21_dat.ipynb #05839145
+# %% ../nbs/21_dat.ipynb #b50f22b5
 class PatchStem(nn.Sequential):
     "Patches of 4 x 4 pixels, side by side: the first release."
     def __init__(self, in_chans, dim): super().__init__(PatchConv(in_chans, dim, 4), LayerNorm2d(dim))
@@ -87,7 +87,7 @@ class ConvDown(nn.Sequential):
     "A convolution with stride 2: DAT++."
     def __init__(self, dim, dim_out): super().__init__(nn.Conv2d(dim, dim_out, 3, 2, 1, bias=False), LayerNorm2d(dim_out))
 
-# %% ../nbs/21_dat.ipynb #4f1d1559
+# %% ../nbs/21_dat.ipynb #d51012ae
 class BranchScale(nn.Module):
     "A trainable factor for each channel of what a branch adds: layer scale (Touvron et al. 2021)."
     def __init__(self,
@@ -118,7 +118,7 @@ class DATLayer(nn.Module):
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
-# %% ../nbs/21_dat.ipynb #46bd1671
+# %% ../nbs/21_dat.ipynb #b04d2642
 class Plan(NamedTuple):
     "What the attentions of a stage are made for."
     dim:int         # Channels of the map
@@ -148,7 +148,7 @@ def deformed(
 
 first_deformed = functools.partial(deformed, grid=FirstReleaseGrid)
 
-# %% ../nbs/21_dat.ipynb #a9eb100b
+# %% ../nbs/21_dat.ipynb #98f99e90
 class FirstRelease:
     "What DAT is made of: windows that stand still and move, and deformed keys in the last two stages."
     stem, down, mlp, lpu, scale = PatchStem, PatchDown, PixelMLP, nn.Identity, nn.Identity
@@ -159,7 +159,7 @@ class PlusPlus:
     stem, down, mlp, lpu, scale = ConvStem, ConvDown, ConvMLP, PlusAround, nn.Identity
     attns = (near, deformed), (near, deformed), (near, deformed), (deformed,)
 
-# %% ../nbs/21_dat.ipynb #b7ee4fe7
+# %% ../nbs/21_dat.ipynb #de762f2b
 class DeformedLook(NamedTuple):
     "Where the keys of one layer were, and who attended to them."
     name:str       # The attention's name in the model, as 'stages.2.1.attn'
@@ -191,7 +191,7 @@ class DAT(HierarchicalModel):
             self.train(training)
         return looks
 
-# %% ../nbs/21_dat.ipynb #b4efafba
+# %% ../nbs/21_dat.ipynb #1408059b
 def dat(
     dims=(64, 128, 256, 512),   # Channels of each stage
     depths=(2, 4, 18, 2),       # Layers of each stage
@@ -227,7 +227,7 @@ def dat(
     if stem_dim not in (None, dims[0]): stem.add_module('proj', nn.Conv2d(stem_dim, dims[0], 1))
     return DAT(stem, stages, [parts.down(*o) for o in zip(dims, dims[1:])], LayerNorm2d(dims[-1]), dims, steps, num_classes, in_chans, img_size=img_size, drop_rate=drop_rate)
 
-# %% ../nbs/21_dat.ipynb #01902fb7
+# %% ../nbs/21_dat.ipynb #5ed65f90
 _first = dict(parts=FirstRelease, depths=(2, 2, 18, 2), strides=(1, 1, 1, 1))
 _96 = dict(dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24))
 _128 = dict(dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32))
@@ -241,7 +241,7 @@ def dat_pp_small(**args): return dat(**_96 | dict(num_groups=(1, 2, 3, 6), drop_
 def dat_pp_base(**args): return dat(**_128 | dict(num_groups=(2, 4, 8, 16), drop_path_rate=.7) | args)
 def dat_pp_base_384(**args): return dat_pp_base(**dict(img_size=384, table_size=224, drop_path_rate=.6) | args)
 
-# %% ../nbs/21_dat.ipynb #82d723ae
+# %% ../nbs/21_dat.ipynb #cf35787e
 def _window_macs(m, x, y):
     (b, c, h, w), (wh, ww) = y.shape, m.window_size
     return 2 * b * (h + -h % wh) * (w + -w % ww) * wh * ww * c
@@ -254,7 +254,7 @@ def _deformed_macs(m, x, y):
 MACS.update({ShiftedWindowAttention: _window_macs, DeformedKeysAttention: _deformed_macs,
              NeighbourhoodAttention: lambda m, x, y: 2 * y.numel() * m.kernel_size**2})
 
-# %% ../nbs/21_dat.ipynb #fb16b484
+# %% ../nbs/21_dat.ipynb #f381f50f
 def show_attended(
     image,         # The picture that the model saw
     looks:list,    # From `DAT.look`
