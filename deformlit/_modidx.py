@@ -317,7 +317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'deformlit.classify.most_contrast': ('classify.html#most_contrast', 'deformlit/classify.py'),
                                     'deformlit.classify.option': ('classify.html#option', 'deformlit/classify.py'),
                                     'deformlit.classify.picture_of': ('classify.html#picture_of', 'deformlit/classify.py'),
-                                    'deformlit.classify.prepare': ('classify.html#prepare', 'deformlit/classify.py'),
+                                    'deformlit.classify.prepare_image': ('classify.html#prepare_image', 'deformlit/classify.py'),
                                     'deformlit.classify.set_folders': ('classify.html#set_folders', 'deformlit/classify.py'),
                                     'deformlit.classify.smooth_loss_loop': ('classify.html#smooth_loss_loop', 'deformlit/classify.py'),
                                     'deformlit.classify.some_answers': ('classify.html#some_answers', 'deformlit/classify.py'),

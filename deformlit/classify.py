@@ -6,8 +6,8 @@
 __all__ = ['AUGMENT', 'SMALL', 'RECIPE', 'LOW', 'HELP_RECIPE', 'Labelled', 'ImageSet', 'digit_images', 'class_files',
            'set_folders', 'folder_images', 'find_images', 'picture_of', 'label_of', 'classify_dls', 'smooth_loss_loop',
            'depths_of', 'DepthSplitter', 'undecayed', 'ClassScores', 'ImageLearner', 'create_classifier',
-           'image_learner', 'prepare', 'Answers', 'some_answers', 'draw_curves', 'draw_answers', 'spread', 'unmoved',
-           'draw_keys', 'hook_inputs', 'window_reads', 'most_contrast', 'draw_windows', 'check_classify',
+           'image_learner', 'prepare_image', 'Answers', 'some_answers', 'draw_curves', 'draw_answers', 'spread',
+           'unmoved', 'draw_keys', 'hook_inputs', 'window_reads', 'most_contrast', 'draw_windows', 'check_classify',
            'Classification', 'option', 'main_classify', 'classify_image']
 
 # %% ../nbs/36_classify.ipynb #502bcbc3
@@ -244,8 +244,8 @@ def image_learner(
     return ImageLearner(dls, model, loss_func or CrossEntropyLossFlat(label_smoothing=smooth), lr=lr, wd=wd, opt_func=optimizer(opt_func) if isinstance(opt_func, str) else opt_func,
                         splitter=splitter, metrics=ClassScores(classes) if metrics is None else metrics, cbs=[*ours, *L(cbs)], **kwargs)
 
-# %% ../nbs/36_classify.ipynb #fed51c3a
-def prepare(image, size:int) -> Tensor: # `3 h w`
+# %% ../nbs/36_classify.ipynb #088e12ec
+def prepare_image(image, size:int) -> Tensor: # `3 h w`
     "One picture as `classify_dls` gives it to validation."
     return normalise(np.array(Resize(size)(PILImage.create(open_image(image)), split_idx=1)))
 
@@ -263,7 +263,7 @@ def some_answers(
     "What a model in eval mode says about validation images."
     items = find_images(config['data']).valid
     items = [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).astype(int))]
-    images = torch.stack([prepare(o.image, config['size']) for o in items])
+    images = torch.stack([prepare_image(o.image, config['size']) for o in items])
     probs = torch.cat([model(o).softmax(-1) for o in images.split(64)])
     return Answers(images, torch.tensor([config['vocab'].index(o.label) for o in items]), probs)
 
@@ -326,7 +326,7 @@ def draw_keys(model, config, n:int=4, layers:int=4):
     axes[0, 0].figure.suptitle('where the deformed keys went (lines: from where they stand without offsets; large and red: read most)', color=INK, fontsize=10)
     return axes[0, 0].figure
 
-# %% ../nbs/36_classify.ipynb #8a8cd177
+# %% ../nbs/36_classify.ipynb #c717f1d2
 @contextlib.contextmanager
 def hook_inputs(m:nn.Module):
     "Within the block what goes into a module is kept in a list."
@@ -344,8 +344,11 @@ def window_reads(m:MultiDilatedAttention, x:Tensor, at): # `b c h w`, pixel (col
     return (at[:, None, None] + steps + .5) / torch.tensor([w, h]), weights
 
 def most_contrast(images:Tensor, h:int, w:int): # `b 3 h w` -> `b 2`, (column, row) of a map
-    "Where a picture is least like its own mean."
-    flat = F.adaptive_avg_pool2d((images - images.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True), (h, w)).flatten(1).argmax(1)
+    "Where the middle half of a picture is least like the mean of all."
+    contrast = F.adaptive_avg_pool2d((images - images.mean((2, 3), keepdim=True)).abs().mean(1), (h, w))
+    inside = torch.zeros(h, w)
+    inside[h // 4:h - h // 4, w // 4:w - w // 4] = 1
+    flat = (contrast * inside).flatten(1).argmax(1)
     return torch.stack([flat % w, flat // w], 1)
 
 @torch.no_grad()
@@ -393,13 +396,13 @@ def check_classify(c:dict):
     check_numbers(c, RECIPE, LOW)
     check_recipe(c, c['rates'], ('smooth', 'drop_path', 'pct_start', 'sqr_mom'))
 
-# %% ../nbs/36_classify.ipynb #171873df
+# %% ../nbs/36_classify.ipynb #a7412019
 class Classification:
     "What runs of classifiers have of their own, for `deformlit-train --task classify`."
     out, what, defaults, help = 'runs/classify', 'Train an image classifier on digits or on a folder of images.', RECIPE, HELP_RECIPE
     def begin(self, given):
         c = self.with_options({**RECIPE, 'vocab': []}, given)
-        with option('--data'): images = find_images(c['data'])
+        with option('--data'): images = find_images(given.get('data', 'digits'))
         check(c['bs'] <= len(images.train), '--bs', c['bs'], f'at most {len(images.train)}, the number of images to train on')
         if c['pretrained']: check(Path(c['pretrained']).exists(), '--pretrained', c['pretrained'], 'a file of weights')
         return c | dict(vocab=images.vocab)
@@ -444,13 +447,13 @@ def main_classify(argv=None):
     "`deformlit-train --task classify`."
     return main_train(['--task', 'classify', *(sys.argv[1:] if argv is None else argv)])
 
-# %% ../nbs/36_classify.ipynb #125a0c2d
+# %% ../nbs/36_classify.ipynb #ee52dfc9
 def classify_image(
     model, config, # Of `load_run`
     image,         # Anything that `open_image` takes
     top:int=3,     # So many classes
 ) -> list:         # of (name, probability), the most probable first
     "What is in one image."
-    with torch.no_grad(): probs = model(prepare(image, config['size'])[None])[0].softmax(-1)
+    with torch.no_grad(): probs = model(prepare_image(image, config['size'])[None])[0].softmax(-1)
     best = probs.topk(min(top, len(probs)))
     return [(config['vocab'][i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
