@@ -321,6 +321,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'deformlit.classify.set_folders': ('classify.html#set_folders', 'deformlit/classify.py'),
                                     'deformlit.classify.smooth_loss_loop': ('classify.html#smooth_loss_loop', 'deformlit/classify.py'),
                                     'deformlit.classify.some_answers': ('classify.html#some_answers', 'deformlit/classify.py'),
+                                    'deformlit.classify.spare_tables': ('classify.html#spare_tables', 'deformlit/classify.py'),
                                     'deformlit.classify.spread': ('classify.html#spread', 'deformlit/classify.py'),
                                     'deformlit.classify.undecayed': ('classify.html#undecayed', 'deformlit/classify.py'),
                                     'deformlit.classify.unmoved': ('classify.html#unmoved', 'deformlit/classify.py'),

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['AUGMENT', 'SMALL', 'RECIPE', 'LOW', 'HELP_RECIPE', 'Labelled', 'ImageSet', 'digit_images', 'class_files',
            'set_folders', 'folder_images', 'find_images', 'picture_of', 'label_of', 'classify_dls', 'smooth_loss_loop',
-           'depths_of', 'DepthSplitter', 'undecayed', 'ClassScores', 'ImageLearner', 'create_classifier',
-           'image_learner', 'prepare_image', 'Answers', 'some_answers', 'draw_curves', 'draw_answers', 'spread',
-           'unmoved', 'draw_keys', 'hook_inputs', 'window_reads', 'most_contrast', 'draw_windows', 'check_classify',
-           'Classification', 'option', 'main_classify', 'classify_image']
+           'depths_of', 'DepthSplitter', 'undecayed', 'ClassScores', 'spare_tables', 'ImageLearner',
+           'create_classifier', 'image_learner', 'prepare_image', 'Answers', 'some_answers', 'draw_curves',
+           'draw_answers', 'spread', 'unmoved', 'draw_keys', 'hook_inputs', 'window_reads', 'most_contrast',
+           'draw_windows', 'check_classify', 'Classification', 'option', 'main_classify', 'classify_image']
 
 # %% ../nbs/36_classify.ipynb #502bcbc3
 import contextlib, json, math, sys, warnings
@@ -132,13 +132,15 @@ def smooth_loss_loop(
         loss -= target * (o - math.log(total))
     return loss
 
-# %% ../nbs/36_classify.ipynb #5532944c
-def depths_of(model:nn.Module) -> list: # Lists of parameters, the head last
+# %% ../nbs/36_classify.ipynb #8cea0325
+def depths_of(model:nn.Module) -> dict: # {name: parameters}, the head last
     "Parameters from stem to head; of a model without our stages, body and head."
-    if any(isinstance(m, Stages) for m in model.modules()): return depth_splitter(model)
+    if any(isinstance(m, Stages) for m in model.modules()):
+        stem, *stages, head = depth_splitter(model)
+        return dict(stem=stem) | {f'stage {i}': o for i, o in enumerate(stages, 1)} | dict(head=head)
     head = getattr(model, 'get_classifier', lambda: None)()
     ids = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-    return [o for o in ([p for p in model.parameters() if id(p) not in ids], [p for p in model.parameters() if id(p) in ids]) if o]
+    return dict(body=[p for p in model.parameters() if id(p) not in ids], head=[p for p in model.parameters() if id(p) in ids])
 
 class DepthSplitter(Splitter):
     "The groups of a classifier, for fastai: by depth, and in each depth first the parts that are named."
@@ -147,12 +149,12 @@ class DepthSplitter(Splitter):
         self.parts = tuple(parts)
     def named(self, model) -> dict:
         names, groups = {id(p): name for name, p in plain_names(model)}, {}
-        for i, ps in enumerate(depths_of(model)):
+        for depth, ps in depths_of(model).items():
             mine = {part: [] for part in (*self.parts, '')}
             for p in ps:
                 words = names[id(p)].split('.')
                 if names[id(p)] in self.trainable: mine[next((o for o in self.parts if o in words), '')].append(p)
-            groups |= {f'depth {i} {part}'.rstrip(): o for part, o in mine.items() if o}
+            groups |= {f'{depth} {part}'.rstrip(): o for part, o in mine.items() if o}
         return groups
     def __repr__(self): return 'depth_splitter'
 
@@ -181,14 +183,19 @@ class ClassScores(Metric):
     @property
     def name(self): return 'accuracy'
 
-# %% ../nbs/36_classify.ipynb #d809efe1
+# %% ../nbs/36_classify.ipynb #8a089c5d
+def spare_tables(learn):
+    "Tell the optimizer of any learner, which is made if there is none, what `undecayed` finds in its model."
+    if learn.opt is None: learn.create_opt()
+    spared = undecayed(learn.model)
+    for p in spared: learn.opt.state[p]['do_wd'] = False              # how fastai's optimizers are told
+    if spared and isinstance(learn.opt, GroupOptimizer): learn.opt.spare(spared)
+
 class ImageLearner(Learner):
     "fastai's `Learner` for classifiers; tables do not decay, whichever optimizer is chosen."
     def create_opt(self):
         super().create_opt()
-        spared = undecayed(self.model)
-        for p in spared: self.opt.state[p]['do_wd'] = False           # how fastai's optimizers are told
-        if spared and isinstance(self.opt, GroupOptimizer): self.opt.spare(spared)
+        spare_tables(self)
     def predict(self,
         image,   # A path, a Pillow image or a uint8 array
         **kwargs # As for fastai's
