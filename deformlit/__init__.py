@@ -24,6 +24,7 @@ _names = dict(
     checkpoints='create_detector load_weights',
     data='DigitScenes digit_dls',
     learner='detr_learner',
+    classify='classify_dls image_learner',
 )
 _home = {name: module for module, names in _names.items() for name in names.split()}
 __all__ = list(_home)
