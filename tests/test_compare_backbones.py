@@ -70,6 +70,7 @@ def test_images_are_read_in_order(archive):
     few, labels = S.first_of_each(*data['test'], 6)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2] and few[:, 0, 0, 1].tolist() == [0, 8] * 3
 
+@pytest.mark.slow
 def test_the_real_images():
     if not C.archive().is_file(): pytest.skip(f'no {C.archive()}: set DEFORMLIT_DATA')
     data = S.read_images(C.archive())
@@ -183,7 +184,7 @@ def test_dense_weights_are_those_of_timm():
 
 # ---- the official formulations
 
-@pytest.mark.parametrize('model', C.FORMS.keys() & set(OURS))
+@pytest.mark.parametrize('model', OURS)
 def test_official_formulations_agree(model):
     "The same numbers and gradients, by other ways, in parts that are all replaced."
     torch.manual_seed(0)

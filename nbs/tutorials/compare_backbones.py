@@ -1,6 +1,6 @@
 """Train image classifiers for the same time each: `make compare-backbones`, or `python nbs/tutorials/compare_backbones.py`.
 
-    make compare-backbones                                the seven, 6 minutes each, on all cores
+    make compare-backbones                                the seven and one to compare with, 6 minutes each, on all cores
     make compare-backbones ARGS="--models dat swin"       some of them; the results of the others stay
     make compare-backbones ARGS="--missing"               those that have no results yet
     make compare-backbones ARGS="--device cuda"           on a GPU; these results have a folder of their own
@@ -19,18 +19,22 @@ from pathlib import Path
 from compare_detectors import FILE, machine, note, process, read, root, rounded
 
 here = Path(__file__).resolve().parent
-RECIPE = dict(size=64, bs=64, lr=1e-3, pct_start=.1, wd=.05, clip=1., seed=0)     # for all
+RECIPE = dict(size=64, bs=64, lr=1e-3, div=25., pct_start=.1, wd=.05, clip=1., seed=0)      # for all
 PARTS = 10                                                                        # at most; so many points has a curve
 VALID = dict(cpu=2000, cuda=10_000)                                               # images that give a point of a curve; the last figure is always of all 10,000
+HIERARCHY = dict(img_size=RECIPE['size'], drop_path_rate=0.)
+DILATE = dict(name='dilateformer', dims=(30, 60, 120, 240), depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), **HIERARCHY)
 FORMS = dict(                                                                     # what makes a model, and what it is told
-    dat=('deformlit.dat.dat', dict(dims=(32, 64, 128, 256), depths=(2, 2, 6, 2))),
-    dat_pp=('deformlit.dat.dat_pp', dict(dims=(32, 64, 128, 256), depths=(2, 2, 4, 2))),
-    dilateformer=('deformlit.dilateformer.dilateformer', dict(dims=(30, 60, 120, 240), depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))),
+    dat=('deformlit.backbones.create_model', dict(name='dat', parts='FirstRelease', dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), num_groups=(1, 1, 1, 2), strides=(1, 1, 1, 1), window_size=4, **HIERARCHY)),
+    dat_pp=('deformlit.backbones.create_model', dict(name='dat', parts='PlusPlus', dims=(32, 64, 128, 256), depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8), num_groups=(1, 1, 2, 4), strides=(4, 2, 1, 1), window_size=3, **HIERARCHY)),
+    dilateformer=('deformlit.backbones.create_model', DILATE),
     swin=('timm.models.swin_transformer.SwinTransformer', dict(img_size=RECIPE['size'], embed_dim=32, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), window_size=4, drop_path_rate=0.)),
     convnext=('timm.models.convnext.ConvNeXt', dict(dims=(40, 80, 160, 320), depths=(2, 2, 4, 2))),
     vit=('timm.models.vision_transformer.VisionTransformer', dict(img_size=RECIPE['size'], patch_size=8, embed_dim=160, depth=9, num_heads=5, class_token=False, global_pool='avg')),
-    resnet=('timm.models.resnet.ResNet', dict(block='timm.models.resnet.BasicBlock', layers=(2, 2, 2, 2), channels=(32, 64, 128, 256))))
+    resnet=('timm.models.resnet.ResNet', dict(block='timm.models.resnet.BasicBlock', layers=(2, 2, 2, 2), channels=(32, 64, 128, 256))),
+    dilateformer_dense=('deformlit.backbones.create_model', dict(DILATE, dilated=(False, False, False, False))))       # not one of the seven: to see what windows buy, and what they leave out
 MODELS = tuple(FORMS)
+DENSE = ('vit', 'dilateformer_dense')                                            # whose attention reads all pixels: how far it looks is measured
 FULL = dict(dat='dat_tiny', dat_pp='dat_pp_tiny', dilateformer='dilateformer_tiny')     # whose official formulation is measured, at 224 pixels
 
 def archive():

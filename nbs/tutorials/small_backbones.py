@@ -1,11 +1,16 @@
 """What `compare_backbones.py` does in a process of its own: models in small forms, CIFAR-10, a training, and what is measured."""
-import importlib, io, json, math, sys, tarfile, time
+import importlib, io, itertools, json, math, random, sys, tarfile, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
 from deformlit.data import MEAN, STD
-from deformlit.train import keep_memory, rate_loop
-from compare_backbones import FORMS, RECIPE, plan, rounded
+from deformlit.train import Repeatable, Stopwatch, keep_memory
+from deformlit.classify import image_learner
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastcore.all import noop
+from compare_backbones import DENSE, FORMS, RECIPE, plan, rounded
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
@@ -57,91 +62,90 @@ def moved(images, most:int=4): # `b h w 3`
     x = torch.where(torch.rand(b, 1, device=device) < .5, x.flip(1), x)
     return images[torch.arange(b, device=device)[:, None, None], y[:, :, None], x[:, None]]
 
-def batches(images, labels, bs:int, size:int):
-    "Batches without end: pass after pass, each in a new order."
-    while True:
-        for keep in torch.randperm(len(images), device=images.device).split(bs):
-            if len(keep) == bs or len(images) < bs: yield prepared(moved(images[keep]), size), labels[keep]
-
 # ---- training -------------------------------------------------------------------------------------------------------
 
-def decayed(model:nn.Module, wd:float) -> list:
-    "Two groups of parameters: matrices decay; biases, norms and tables of places do not."
-    spared = {o for m in model.modules() if hasattr(m, 'no_weight_decay') for o in m.no_weight_decay()}
-    free = lambda name, o: o.ndim < 2 or name in spared or 'table' in name
-    return [dict(params=[o for name, o in model.named_parameters() if free(name, o) == no], weight_decay=0. if no else wd) for no in (False, True)]
+class Batches:
+    "Images in memory, as fastai's `Learner` takes them: to train, so many batches of pass after pass; to test, all in order."
+    def __init__(self, images, labels, vocab, bs:int, size:int, steps:int=None):
+        self.images, self.labels, self.vocab, self.c, self.bs, self.size, self.steps = images, labels, vocab, len(vocab), bs, size, steps
+        self.device, self.rng, self.more = images.device, random.Random(), self.passes()
+    def __len__(self): return self.steps or math.ceil(len(self.images) / self.bs)
+    def passes(self):
+        "Batches without end, each pass in a new order."
+        while True:
+            for keep in torch.randperm(len(self.images), device=self.device).split(self.bs):
+                if len(keep) == min(self.bs, len(self.images)): yield prepared(moved(self.images[keep]), self.size), self.labels[keep]
+    def __iter__(self):
+        if self.steps: return itertools.islice(self.more, self.steps)
+        return ((prepared(x, self.size), y) for x, y in zip(self.images.split(self.bs), self.labels.split(self.bs)))
 
-class Training:
-    "A model, its images and the recipe; `step` does one step of `steps`."
-    def __init__(self, model, images, labels, steps:int, recipe=RECIPE):
-        self.model, self.steps, self.done, self.recipe = model.to(images.device, memory_format=torch.channels_last), steps, 0, recipe
-        self.opt = torch.optim.AdamW(decayed(model, recipe['wd']), recipe['lr'], fused=True)
-        self.batches = batches(images, labels, recipe['bs'], recipe['size'])
-    def step(self):
-        x, y = next(self.batches)
-        lr = rate_loop(self.done / self.steps, self.recipe['lr'], self.recipe['pct_start'])
-        for group in self.opt.param_groups: group['lr'] = lr
-        loss = F.cross_entropy(self.model(x), y)
-        self.opt.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe['clip'])
-        self.opt.step()
-        self.done += 1
-        return loss.detach()
+class Clock(Callback):
+    "Seconds of training at the end of each part; it stands still while the model is tested."
+    def before_fit(self): self.seconds, self.times = 0., []
+    def before_train(self): self.began = now(self.dls.device)
+    def after_train(self):
+        self.seconds += now(self.dls.device) - self.began
+        self.times.append(self.seconds)
 
-@torch.no_grad()
-def test(model, images, labels, size:int=RECIPE['size'], bs:int=250) -> dict:
-    "Accuracy and loss."
-    model.eval()
-    said = torch.cat([model(prepared(o, size)) for o in images.split(bs)])
-    return dict(accuracy=(said.argmax(1) == labels).float().mean().item(), valid_loss=F.cross_entropy(said, labels).item())
+class Tell(Callback):
+    "A line for each part."
+    order = 80
+    def after_epoch(self):
+        loss, _, accuracy = self.recorder.values[-1]
+        if not math.isfinite(loss): sys.exit(f'the loss is {loss}')
+        print(f'  {self.clock.seconds:7.1f} s  {(self.epoch + 1) * len(self.dls.train) * self.dls.train.bs:9,} images  loss {loss:.3f}  accuracy {accuracy:.3f}', flush=True)
 
 def now(device) -> float:
     "Seconds, when all that was asked for is done."
     if torch.device(device).type == 'cuda': torch.cuda.synchronize()
     return time.perf_counter()
 
-def measure(model, images, labels, seconds:float) -> dict:
-    "Images per second: in training, and when only tested."
-    t, device = Training(model, images, labels, 10**6), images.device
-    for _ in range(3): t.step()
-    began, steps = now(device), 0
-    while now(device) - began < seconds: t.step(); steps += 1
-    took = now(device) - began
-    few = images[:250], labels[:250]
-    test(t.model, *few)
-    began, tests = now(device), 0
-    while now(device) - began < seconds / 3 or not tests: test(t.model, *few); tests += 1
-    return dict(train=steps * t.recipe['bs'] / took, valid=tests * len(few[0]) / (now(device) - began))
+def learner(model, train, valid, vocab, steps:int, recipe=RECIPE):
+    "A classifier's learner on images in memory."
+    dls = DataLoaders(Batches(*train, vocab, recipe['bs'], recipe['size'], steps), Batches(*valid, vocab, 250, recipe['size']), device=train[0].device)
+    learn = image_learner(dls, model.to(train[0].device), lr=recipe['lr'], wd=recipe['wd'], clip=recipe['clip'], smooth=0., cbs=[Repeatable(recipe['seed']), Clock()])
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
 
-def fit(model, train, valid, parts:int, steps:int, tell=print) -> tuple: # rows, and seconds at the end of each
-    "Train in parts of so many steps; after each the model is tested, while the clock stands still."
-    t, history, times, seconds = Training(model, *train, parts * steps), [], [], 0.
-    for part in range(parts):
-        model.train()
-        began = now(train[0].device)
-        losses = [t.step() for _ in range(steps)]
-        seconds += now(train[0].device) - began
-        seen = (part + 1) * steps * t.recipe['bs']
-        row = dict(part=part + 1, seen=seen, epoch=seen / len(train[0]), train_loss=torch.stack(losses).mean().item(), **test(model, *valid))
-        if not math.isfinite(row['train_loss']): sys.exit(f'the loss is {row["train_loss"]}')
-        history.append(row); times.append(seconds)
-        tell(f"  {seconds:7.1f} s  {seen:9,} images  loss {row['train_loss']:.3f}  accuracy {row['accuracy']:.3f}")
-    return history, times
+def cycle(learn, parts:int, cbs=(), recipe=RECIPE):
+    "One cycle of the rate, over so many parts."
+    learn.fit_one_cycle(parts, recipe['lr'], div=recipe['div'], pct_start=recipe['pct_start'], moms=(.9, .9, .9), cbs=list(cbs))
+
+def measure(model, train, valid, vocab, seconds:float, recipe=RECIPE) -> dict:
+    "Images per second: in training, and when only tested."
+    few = tuple(o[:1000] for o in valid)
+    learn, watch = learner(model, train, few, vocab, 10**6, recipe), Stopwatch(seconds)
+    cycle(learn, 1, [watch], recipe)
+    learn.validate()
+    began = now(train[0].device)
+    learn.validate()
+    return dict(train=watch.steps * recipe['bs'], valid=len(few[0]) / (now(train[0].device) - began))
+
+def fit(model, train, valid, vocab, parts:int, steps:int, recipe=RECIPE) -> tuple: # the learner, its rows, and seconds at the end of each
+    "Train in parts of so many steps; after each the model is tested."
+    learn = learner(model, train, valid, vocab, steps, recipe)
+    cycle(learn, parts, [Tell()], recipe)
+    def row(part, values):
+        seen = part * steps * recipe['bs']
+        return dict(part=part, seen=seen, epoch=seen / len(train[0]), **dict(zip(('train_loss', 'valid_loss', 'accuracy'), values)))
+    return learn, [row(i, map(float, o)) for i, o in enumerate(learn.recorder.values, 1)], learn.clock.times
 
 # ---- how far dense attention looks ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def dense_weights(model, x) -> list: # of `b n (h w) (h w)`, one for each layer
-    "How each patch of timm's ViT weighs all patches, layer by layer."
-    seen, weights = {}, []
-    hooks = [block.attn.register_forward_pre_hook(lambda m, args, i=i: seen.update({i: args[0]})) for i, block in enumerate(model.blocks)]
-    model.eval()(x)
+def dense_weights(model, x) -> dict: # By layer: `b n (h w) (h w)`, and (h, w)
+    "How each pixel of a map weighs all pixels, in timm's ViT and in our dense layers."
+    seen, weights, model = {}, {}, model.eval()
+    layers = {name: m for name, m in model.named_modules() if type(m).__name__ == 'GlobalAttention' or hasattr(m, 'fused_attn') and not hasattr(m, 'relative_position_bias_table')}
+    hooks = [m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]})) for name, m in layers.items()]
+    model(x)
     for hook in hooks: hook.remove()
-    for i, block in enumerate(model.blocks):
-        m = block.attn
-        q, k, _ = m.qkv(seen[i]).unflatten(-1, (3, m.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        weights.append((m.q_norm(q) @ m.k_norm(k).mT * m.scale).softmax(-1))
+    for name, m in layers.items():
+        if hasattr(m, 'weights'): weights[name] = m.weights(seen[name]), tuple(seen[name].shape[2:])
+        else:
+            q, k, _ = m.qkv(seen[name]).unflatten(-1, (3, m.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            weights[name] = (m.q_norm(q) @ m.k_norm(k).mT * m.scale).softmax(-1), (math.isqrt(q.shape[2]),) * 2
     return weights
 
 def steps_between(h:int, w:int) -> tuple: # two of `(h w) (h w)`
@@ -150,30 +154,41 @@ def steps_between(h:int, w:int) -> tuple: # two of `(h w) (h w)`
     return tuple(o.flatten()[None] - o.flatten()[:, None] for o in (y, x))
 
 def reach(weights, h:int, w:int, share:float=.9) -> dict:
-    """Of weights `b n (h w) (h w)`: how much of the attention is within r pixels of the query, r = 0, 1, ... (`near`); how many keys it
-    takes for `share` of it, in the mean (`keys`); the mean weight by rows and columns from query to key, times the number of keys (`map`)."""
+    """Of weights `b n (h w) (h w)`: how much of the attention is within r pixels of the query, r = 0, 1, ... (`near`); how much goes to the keys
+    that windows of 3 x 3 with dilations 1, 2 and 3 would read (`gaps`); how many keys it takes for `share` of it, in the mean (`keys`);
+    the mean weight by rows and columns from query to key, times the number of keys (`map`)."""
     weights = weights.double().cpu()
     dy, dx = steps_between(h, w)
     far, mean = torch.maximum(dy.abs(), dx.abs()), weights.mean((0, 1))
+    read = (far <= 3) & ((dy.abs() == far) | (dy == 0)) & ((dx.abs() == far) | (dx == 0))
     near = [mean[far <= r].sum().item() / (h * w) for r in range(max(h, w))]
-    keys = ((weights.sort(-1, descending=True).values.cumsum(-1) < share - 1e-9).sum(-1) + 1).double().mean().item()
+    keys = ((weights.sort(-1, descending=True).values.cumsum(-1) < share - 1e-9).sum(-1) + 1).clamp(max=h * w).double().mean().item()
     index = (dy + h - 1) * (2 * w - 1) + dx + w - 1
     total, count = (torch.zeros((2 * h - 1) * (2 * w - 1), dtype=torch.float64).index_add(0, index.flatten(), o.flatten()) for o in (mean, torch.ones_like(mean)))
-    return dict(near=near, keys=keys, map=(total / count * h * w).view(2 * h - 1, 2 * w - 1).tolist())
+    return dict(near=near, gaps=mean[read].sum().item() / (h * w), keys=keys, map=(total / count * h * w).view(2 * h - 1, 2 * w - 1).tolist())
 
 def digits(o, n:int=4):
     "Numbers with few digits, all through a structure."
     if isinstance(o, dict): return {k: digits(v, n) for k, v in o.items()}
-    return [digits(v, n) for v in o] if isinstance(o, list) else float(f'{o:.{n}g}') if isinstance(o, float) else o
+    return [digits(v, n) for v in o] if isinstance(o, (list, tuple)) else float(f'{o:.{n}g}') if isinstance(o, float) else o
 
-def measure_reach(model, images, size:int, bs:int=64) -> dict:
-    "`reach` of each layer of a ViT, and of attention that is the same for all keys."
-    side = size // FORMS['vit'][1]['patch_size']
-    parts = [dense_weights(model, prepared(o, size)) for o in images.split(bs)]
-    layers = [reach(torch.cat([o.cpu() for o in layer]), side, side) for layer in zip(*parts)]
-    uniform = reach(torch.full((1, 1, side**2, side**2), 1 / side**2), side, side)
-    del uniform['map']
-    return digits(dict(h=side, w=side, images=len(images), share=.9, layers=layers, uniform=uniform))
+def measure_reach(model, images, size:int, bs:int=25) -> dict:
+    "`reach` of each dense layer, and of attention that is the same for all keys of such a map."
+    sums, sizes, n = {}, {}, 0
+    for o in images.split(bs):
+        for name, (weights, hw) in dense_weights(model, prepared(o, size)).items():
+            sums.setdefault(name, []).append((len(o), reach(weights, *hw))); sizes[name] = hw
+    def mean(rows):
+        total = sum(k for k, _ in rows)
+        add = lambda f: sum(k * torch.tensor(f(r), dtype=torch.float64) for k, r in rows) / total
+        return {key: add(lambda r: r[key]).tolist() for key in ('near', 'gaps', 'keys', 'map')}
+    layers = []
+    for name, rows in sums.items():
+        h, w = sizes[name]
+        equal = reach(torch.full((1, 1, h * w, h * w), 1 / (h * w)), h, w)
+        del equal['map']
+        layers.append(dict(name=name, h=h, w=w, **mean(rows), equal=equal))
+    return digits(dict(images=len(images), share=.9, layers=layers))
 
 # ---- the official formulations --------------------------------------------------------------------------------------
 
@@ -287,21 +302,22 @@ def write(file:Path, o):
 def train(model, device, threads, seconds, archive, valid, out):
     "Measure, plan, train, and write what came out."
     from safetensors.torch import save_file
-    data, out, bs = read_images(archive), Path(out), RECIPE['bs']
-    images = {k: tuple(o.to(device) for o in data[k]) for k in ('train', 'test')}
+    data, out = read_images(archive), Path(out)
+    images, vocab = {k: tuple(o.to(device) for o in data[k]) for k in ('train', 'test')}, data['vocab']
     curve = first_of_each(*images['test'], valid)
-    found = measure(build(model), *images['train'], min(10, max(1, seconds / 12)))
-    length = plan(seconds, found['train'], bs)
-    print(f"{model}: {found['train']:.0f} images/s in training, {found['valid']:.0f} when tested: {length['parts']} parts of {length['steps']} steps of {bs} images in {seconds / 60:g} minutes", flush=True)
+    found = measure(build(model), images['train'], images['test'], vocab, min(10, max(1, seconds / 12)))
+    length = plan(seconds, found['train'], RECIPE['bs'])
+    print(f"{model}: {found['train']:.0f} images/s in training, {found['valid']:.0f} when tested: {length['parts']} parts of {length['steps']} steps of {RECIPE['bs']} images in {seconds / 60:g} minutes", flush=True)
     torch.manual_seed(RECIPE['seed'])
     m = build(model)
-    history, times = fit(m, images['train'], curve, **length, tell=lambda o: print(o, flush=True))
-    metrics = dict(accuracy=test(m, *images['test'])['accuracy'], tested=len(images['test'][0]), seconds=times[-1], times=times, parameters=parameters(m), threads=torch.get_num_threads(), torch=torch.__version__, speed=rounded(found), history=history)
-    if model == 'vit': metrics['reach'] = measure_reach(m, first_of_each(*images['test'], 200)[0], RECIPE['size'])
+    learn, history, times = fit(m, images['train'], curve, vocab, **length)
+    accuracy = learn.validate(dl=Batches(*images['test'], vocab, 250, RECIPE['size']))[1]
+    metrics = dict(accuracy=float(accuracy), tested=len(images['test'][0]), seconds=times[-1], times=times, parameters=parameters(m), threads=torch.get_num_threads(), torch=torch.__version__, speed=rounded(found), history=history)
+    if model in DENSE: metrics['reach'] = measure_reach(m, first_of_each(*images['test'], 200)[0], RECIPE['size'])
     out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in m.state_dict().items()}, out/'model.safetensors')
+    save_file({k: v.detach().cpu().contiguous() for k, v in m.state_dict().items()}, out/'model.safetensors')
     write(out/'metrics.json', digits(metrics, 6))
-    write(out/'config.json', dict(model=model, made_by=FORMS[model][0], **FORMS[model][1], **{k: v for k, v in RECIPE.items()}, **length, images=len(images['train'][0]), valid_images=len(curve[0]), vocab=data['vocab']))
+    write(out/'config.json', dict(model=model, made_by=FORMS[model][0], form=FORMS[model][1], recipe=RECIPE, **length, images=len(images['train'][0]), valid_images=len(curve[0]), vocab=vocab))
 
 def work(job:str):
     "One job, as `compare_backbones.py` says it."
