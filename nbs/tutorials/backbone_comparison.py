@@ -1,5 +1,6 @@
 """What the page `compare_backbones.ipynb` shows of `runs/compare_backbones/`."""
 import math
+import numpy as np
 from compare_backbones import FORMS, FULL, MODELS, RECIPE
 from compare_detectors import root
 from comparison import Compared, Run, Sentences, points, told
@@ -7,9 +8,9 @@ from deformlit.core import Table
 from deformlit.show import INK, panels
 from deformlit.train import clock
 
-NAMES = dict(dat='DAT', dat_pp='DAT++', dilateformer='DilateFormer', swin='Swin', convnext='ConvNeXt', vit='ViT', resnet='ResNet')
+NAMES = dict(dat='DAT', dat_pp='DAT++', dilateformer='DilateFormer', swin='Swin', convnext='ConvNeXt', vit='ViT', resnet='ResNet', dilateformer_dense='DilateFormer, dense')
 IDEAS = [('a hierarchy of maps and windows', 'vit', 'swin'), ('deformed keys in the late stages', 'swin', 'dat'), ('deformed keys in all stages, and convolutions', 'dat', 'dat_pp'),
-         ('windows with gaps, and convolutions', 'swin', 'dilateformer'), ('wide convolutions instead of windows', 'swin', 'convnext'), ('a ConvNet built like a transformer', 'resnet', 'convnext')]
+         ('windows with gaps, and convolutions', 'swin', 'dilateformer'), ('windows with gaps instead of all pixels', 'dilateformer_dense', 'dilateformer'), ('wide convolutions instead of windows', 'swin', 'convnext'), ('a ConvNet built like a transformer', 'resnet', 'convnext')]
 NOISE = 0.02    # one seed: what differs by less we call equal
 
 class BackboneRun(Run):
@@ -72,49 +73,51 @@ class Backbones(Compared):
         where = sorted({f"{c['machine']['gpu'] or c['machine']['cpu']}, {c['threads']} threads, {c['batch']} images at a time, {c['date']}" for c in said})
         return Sentences([f'Measured on {o}.' for o in where] + [f"{'Ours is nowhere slower' if ratio >= 1 else 'Ours is slower in one place at least'}; the least of the ratios is {ratio:.2f} ({what})."])
 
-    @property
-    def seen(self):
-        "How far the ViT's attention reaches, or None."
-        return self.runs['vit'].metrics.get('reach') if 'vit' in self.runs else None
+    def seen(self, model='vit'):
+        "How far the attention of a model reaches, or None."
+        return self.runs[model].metrics.get('reach') if model in self.runs else None
 
-    def reach(self):
-        "Layer by layer: the share of the attention around the query, and how many keys hold 90 % of it."
-        o = self.seen
+    def reach(self, model='vit'):
+        "Layer by layer: the share of the attention around the query, and how many keys hold 90 % of it. In brackets: if all keys got the same."
+        o = self.seen(model)
         if not o: return Sentences([f'Not run yet: `{self.command}`.'])
-        windows = range(1, len(o['uniform']['near']) - 1)
-        line = lambda name, r: (name, *(f"{r['near'][i]:.2f}" for i in windows), f"{r['keys']:.1f}")
-        rows = [line(f'layer {i}', r) for i, r in enumerate(o['layers'], 1)] + [line('the same for all keys', o['uniform'])]
-        return Table(('attention of', *(f'{2*i + 1} x {2*i + 1}' for i in windows), f"keys for {o['share']:.0%}"), rows)
+        def both(r, f, digits): return f'{f(r):.{digits}f} ({f(r["equal"]):.{digits}f})'
+        def near(i): return lambda r: r['near'][min(i, len(r['near']) - 1)]
+        rows = [(i, f"{r['h']} x {r['w']}", *(both(r, near(n), 2) for n in (1, 2, 3)), both(r, lambda r: r['gaps'], 2), both(r, lambda r: r['keys'], 0)) for i, r in enumerate(o['layers'], 1) if r['h'] > 2]
+        return Table(('layer', 'map', '3 x 3', '5 x 5', '7 x 7', 'windows with gaps', f"keys for {o['share']:.0%}"), rows)
 
     def judge_reach(self):
-        "The same in words: is attention local and sparse in the first layers, and less so in the last?"
-        o = self.seen
+        "In words: is attention local and sparse in the first layers, and less so in the last?"
+        o = self.seen()
         if not o: return Sentences([f'Not run yet: `{self.command}`.'])
-        near = [r['near'][1] / o['uniform']['near'][1] for r in o['layers']]
-        n, keys, third = o['h'] * o['w'], [r['keys'] for r in o['layers']], max(1, len(near) // 3)
-        mean = lambda rows: sum(rows) / len(rows)
+        layers, mean = o['layers'], lambda rows: sum(rows) / len(rows)
+        near, keys, third, n = [r['near'][1] / r['equal']['near'][1] for r in layers], [r['keys'] for r in layers], max(1, len(layers) // 3), layers[0]['h'] * layers[0]['w']
         first, last = mean(near[:third]), mean(near[-third:])
-        fewest = min(range(len(keys)), key=keys.__getitem__)
-        local = max(range(len(near)), key=near.__getitem__)
-        said = [f'The nearest 3 x 3 patches get {first:.1f} times what they would get if all keys were equal in the first {third} layers, {last:.1f} times in the last {third}; most in layer {local + 1}, {near[local]:.1f} times.',
-                f"{o['share']:.0%} of the attention takes {mean(keys[:third]):.0f} of the {n} keys in the first {third} layers, {mean(keys[-third:]):.0f} in the last {third}; fewest in layer {fewest + 1}, {keys[fewest]:.0f}. Equal attention would take {o['uniform']['keys']:.0f}."]
-        if first > 1.1 * last: said.append('So here, too, shallow attention is more local than deep attention: what DilateFormer begins from.')
-        else: said.append('So in this short training shallow attention is not more local than deep attention. DilateFormer found that it is, in models trained for 300 epochs on ImageNet.')
+        local, fewest = max(range(len(near)), key=near.__getitem__), min(range(len(keys)), key=keys.__getitem__)
+        said = [f'Local? The nearest 3 x 3 patches get {first:.1f} times what they would get if all keys were equal in the first {third} layers of the ViT, {last:.1f} times in the last {third}; most in layer {local + 1}, {near[local]:.1f} times.',
+                f"Sparse? {o['share']:.0%} of the attention takes {mean(keys[:third]):.0f} of the {n} keys in the first {third} layers, {mean(keys[-third:]):.0f} in the last {third}; fewest in layer {fewest + 1}, {keys[fewest]:.0f}. Equal attention would take {layers[0]['equal']['keys']:.0f}."]
+        if first > 1.1 * last: said.append('So shallow attention is more local than deep attention here, too: what DilateFormer begins from.')
+        else: said.append('So shallow attention is not more local than deep attention after so short a training. DilateFormer saw that it is, in a ViT trained to the end.')
+        dense = self.seen('dilateformer_dense')
+        if dense:
+            r = dense['layers'][0]
+            said.append(f"In the first layer of the dense DilateFormer the pixels that windows with gaps would read, about {r['equal']['gaps'] * r['h'] * r['w']:.0f} of {r['h'] * r['w']}, get {r['gaps']:.0%} of the attention. Equal attention would give them {r['equal']['gaps']:.0%}.")
         return Sentences(said)
 
-    def show_reach(self):
-        "Where the attention of each layer goes, seen from the query."
-        o = self.seen
+    def show_reach(self, model='vit', least:int=8):
+        "Where the attention of each layer goes, seen from the query, on maps of at least so many pixels a side."
+        o = self.seen(model)
         if not o: return Sentences([f'Not run yet: `{self.command}`.'])
-        cols = 5
-        axes = panels(cols, math.ceil(len(o['layers']) / cols), size=1.7)
-        most, (h, w) = max(max(map(max, r['map'])) for r in o['layers']), (o['h'], o['w'])
+        layers = [(i, r) for i, r in enumerate(o['layers'], 1) if r['h'] >= least]
+        cols = min(5, len(layers))
+        axes = np.ravel(panels(cols, math.ceil(len(layers) / cols), size=1.7))
         for ax in axes: ax.axis('off')
-        for i, (ax, r) in enumerate(zip(axes, o['layers']), 1):
-            shown = ax.imshow(r['map'], cmap='magma', vmin=0, vmax=most, extent=(.5 - w, w - .5, h - .5, .5 - h))
+        for ax, (i, r) in zip(axes, layers):
+            shown = ax.imshow(np.log2(np.maximum(r['map'], 2.**-3)), cmap='PuOr_r', vmin=-3, vmax=3, extent=(.5 - r['w'], r['w'] - .5, r['h'] - .5, .5 - r['h']))
+            ax.plot(0, 0, '+', color=INK, ms=5)
             ax.set_title(f'layer {i}', color=INK)
-        bar = axes[0].figure.colorbar(shown, ax=list(axes), shrink=.7)
-        bar.set_label('times the mean', color=INK); bar.ax.tick_params(color=INK, labelcolor=INK)
+        bar = axes[0].figure.colorbar(shown, ax=list(axes), shrink=.7, ticks=[-3, 0, 3])
+        bar.set_label('times the mean', color=INK); bar.ax.set_yticklabels(['1/8', '1', '8'], color=INK); bar.ax.tick_params(color=INK)
 
 def forms():
     "What each model is told."
@@ -123,5 +126,5 @@ def forms():
 
 def recipe():
     "The recipe of all."
-    said = dict(size='side of the image, enlarged from 32 pixels', bs='images in a batch', lr='highest rate of AdamW; one cycle, cosines up and down', pct_start='part of the training in which it rises', wd='weight decay, of matrices', clip='longest gradient', seed='of weights and batches')
+    said = dict(size='side of the image, enlarged from 32 pixels', bs='images in a batch', lr='highest rate of AdamW; one cycle, cosines up and down', div='the first rate is `lr` divided by this', pct_start='part of the training in which it rises', wd='weight decay, of matrices', clip='longest gradient', seed='of weights and batches')
     return Table(('option', 'value', 'what it is'), [(k, v, said[k]) for k, v in RECIPE.items()])

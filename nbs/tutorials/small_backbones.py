@@ -1,10 +1,10 @@
 """What `compare_backbones.py` does in a process of its own: models in small forms, CIFAR-10, a training, and what is measured."""
-import importlib, io, itertools, json, math, random, sys, tarfile, time
+import importlib, io, itertools, json, math, random, sys, tarfile, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
-from deformlit.data import MEAN, STD
 from deformlit.train import Repeatable, Stopwatch, keep_memory
+from deformlit.data import MEAN, STD
 from deformlit.classify import image_learner
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -103,7 +103,7 @@ def now(device) -> float:
 def learner(model, train, valid, vocab, steps:int, recipe=RECIPE):
     "A classifier's learner on images in memory."
     dls = DataLoaders(Batches(*train, vocab, recipe['bs'], recipe['size'], steps), Batches(*valid, vocab, 250, recipe['size']), device=train[0].device)
-    learn = image_learner(dls, model.to(train[0].device), lr=recipe['lr'], wd=recipe['wd'], clip=recipe['clip'], smooth=0., cbs=[Repeatable(recipe['seed']), Clock()])
+    learn = image_learner(dls, model.to(train[0].device, memory_format=torch.channels_last), lr=recipe['lr'], wd=recipe['wd'], clip=recipe['clip'], smooth=0., cbs=[Repeatable(recipe['seed']), Clock()])
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn
@@ -196,6 +196,7 @@ def formulations() -> dict:
     "For each of our parts a class that computes the same as the official code does, from the formulas."
     from deformlit.deformed_keys import SampledKeys
     from deformlit.dilated import MultiDilatedAttention
+    from deformlit.dilateformer import GlobalAttention
     from deformlit.points import to_signed
     from deformlit.relative_bias import InterpolatedBias, PixelQueries, interpolated_bias_grid, table_grid
     from deformlit.windows import ShiftedWindowAttention, WindowAttention, block_mask, from_blocks, to_blocks
@@ -233,7 +234,14 @@ def formulations() -> dict:
             scores = q.flatten(3).mT[:, :, :, None] @ windows(k) * d**-.5
             return (scores.softmax(-1) @ windows(v).mT)[..., 0, :].mT.unflatten(-1, (h, w))
 
-    return {InterpolatedBias: DisplacementBias, SampledKeys: GridKeys, ShiftedWindowAttention: WrittenWindows, WindowAttention: WrittenWindows, MultiDilatedAttention: UnfoldedWindows}
+    class WrittenAttention(GlobalAttention):
+        "DilateFormer, where it reads all pixels: compare, softmax, read."
+        def forward(self, x):
+            q, k, v = self.heads(x)
+            out = (q @ k.mT * q.shape[-1]**-.5).softmax(-1) @ v
+            return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2))).mT.unflatten(-1, tuple(x.shape[2:]))
+
+    return {InterpolatedBias: DisplacementBias, SampledKeys: GridKeys, ShiftedWindowAttention: WrittenWindows, WindowAttention: WrittenWindows, MultiDilatedAttention: UnfoldedWindows, GlobalAttention: WrittenAttention}
 
 def as_published(model:nn.Module) -> nn.Module:
     "A copy of a model or part with the same weights, computed as the official code does."
@@ -279,9 +287,9 @@ def same(ours, official, x) -> float:
 
 def compare_forms(model:str, device, seconds:float, batch:int, size:int=224) -> list:
     "A model and its attentions, our form beside the official."
-    import deformlit
+    from deformlit.backbones import create_model
     torch.manual_seed(0)
-    ours, x = deformlit.create_model(model, drop_path_rate=0.).to(device), torch.randn(batch, 3, size, size, device=device)
+    ours, x = create_model(model, drop_path_rate=0.).to(device), torch.randn(batch, 3, size, size, device=device)
     rows = [(model, ours, x)] + [(f'{kind}, {o.shape[1]} channels, {o.shape[2]} x {o.shape[3]}', m, o) for kind, (m, o) in attentions(ours, x).items()]
     res = []
     for what, m, o in rows:
@@ -324,6 +332,7 @@ def work(job:str):
     job = json.loads(job)
     torch.set_num_threads(job['threads'])
     keep_memory()
+    warnings.filterwarnings('ignore', 'You are shadowing an attribute')     # fastai says so of its own
     if job['device'] == 'cuda': torch.set_float32_matmul_precision('high')
     if job.pop('what') == 'train': return train(**job)
     write(Path(job['out']), compare_forms(**{k: job[k] for k in ('model', 'device', 'seconds', 'batch')}))
