@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/index.ipynb #338c0287
-import importlib
+import importlib, importlib.machinery, sys, warnings
 
 # %% ../nbs/index.ipynb #3d55a1fd
 __version__ = "0.0.1"
@@ -15,8 +15,10 @@ __version__ = "0.0.1"
 _names = dict(
     core='ArgumentError backend backends debug',
     show='show_points',
+    backbones='create_model list_models depth_splitter',
     multiscale='MSDeformAttn ms_deform_attn',
     detr='DETR',
+    dilateformer='DilateFormer',
     deformable_detr='DeformableDETR RefiningHeads TwoStageDETR',
     dab_detr='DABDETR DABDeformableDETR',
     checkpoints='create_detector load_weights',
@@ -34,3 +36,22 @@ def __getattr__(name):
     return value
 
 def __dir__(): return sorted({*globals(), *_home})
+
+# %% ../nbs/index.ipynb #60c446e3
+def _tell_timm():
+    "Put our models into timm's registry. If that fails, timm still works, and a warning says why ours are not there."
+    try: importlib.import_module('deformlit.backbones').tell_timm()
+    except Exception as e: warnings.warn(f'timm will not know the models of deformlit: {type(e).__name__}: {e}')
+
+class _AfterTimm:
+    "A finder that changes nothing but one thing: after `timm.models` is loaded, timm is told."
+    def find_spec(self, name, path=None, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == 'timm.models' else None
+        if spec is None: return None
+        load = spec.loader.exec_module
+        def exec_module(module): load(module); _tell_timm()
+        spec.loader.exec_module = exec_module
+        return spec
+
+if 'timm.models' in sys.modules: _tell_timm()
+elif not any(type(o).__name__ == '_AfterTimm' for o in sys.meta_path): sys.meta_path.insert(0, _AfterTimm())
