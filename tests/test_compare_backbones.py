@@ -38,7 +38,7 @@ def test_what_decays(model):
     if model in TIMMS: pytest.importorskip('timm')
     torch.manual_seed(0)
     m, images = S.build(model), (torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.arange(4))
-    learn = S.learner(m, images, images, list('abcd'), 1, {**C.RECIPE, 'bs': 4})
+    learn = S.learner(m, images, images, list('0123456789'), 1, {**C.RECIPE, 'bs': 4})
     learn.create_opt()
     spared = {id(o) for g in learn.opt.opt.param_groups if g['weight_decay'] == 0 for o in g['params']}
     for name, o in m.named_parameters():
