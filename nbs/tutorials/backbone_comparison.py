@@ -70,7 +70,7 @@ class Backbones(Compared):
         said = [c for o in FULL for c in [self.known.get(o, {}).get('forms')] if c]
         if not said: return Sentences(['Not measured yet: `make compare-backbones ARGS="--speed"`.'])
         ratio, what = min((row['ours'][how] / row['official'][how], f"{row['what']}, {'forward' if how == 'forward' else 'training'}") for c in said for row in c['rows'] for how in ('forward', 'train'))
-        where = sorted({f"{c['machine']['gpu'] or c['machine']['cpu']}, {c['threads']} threads, {c['batch']} images at a time, {c['date']}" for c in said})
+        where = sorted({f"{c['machine']['gpu'] or c['machine']['cpu']}, {c['threads']} {'thread' if c['threads'] == 1 else 'threads'}, {c['batch']} images at a time, {c['date'][:10]}" for c in said})
         return Sentences([f'Measured on {o}.' for o in where] + [f"{'Ours is nowhere slower' if ratio >= 1 else 'Ours is slower in one place at least'}; the least of the ratios is {ratio:.2f} ({what})."])
 
     def seen(self, model='vit'):

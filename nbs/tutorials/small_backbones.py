@@ -1,5 +1,5 @@
 """What `compare_backbones.py` does in a process of its own: models in small forms, CIFAR-10, a training, and what is measured."""
-import importlib, io, itertools, json, math, random, sys, tarfile, time, warnings
+import importlib, io, itertools, json, math, random, re, sys, tarfile, time, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -304,7 +304,8 @@ def compare_forms(model:str, device, seconds:float, batch:int, size:int=224) -> 
 def write(file:Path, o):
     "A JSON file, whole at any time."
     part = file.with_name(f'.{file.name}.part')
-    part.write_text(json.dumps(o, indent=1) + '\n', encoding='utf-8')
+    text = re.sub(r'\[\s+([^\[\]{}]*?)\s+\]', lambda m: '[' + ' '.join(m[1].split()) + ']', json.dumps(o, indent=1))      # numbers of a list on one line
+    part.write_text(text + '\n', encoding='utf-8')
     part.replace(file)
 
 def train(model, device, threads, seconds, archive, valid, out):
