@@ -444,6 +444,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deformlit.deform_conv._pair': ('deform_conv.html#_pair', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._read': ('deform_conv.html#_read', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._rows': ('deform_conv.html#_rows', 'deformlit/deform_conv.py'),
+                                       'deformlit.deform_conv._scatter': ('deform_conv.html#_scatter', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._slopes': ('deform_conv.html#_slopes', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._tap_mask': ('deform_conv.html#_tap_mask', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._torchvision': ('deform_conv.html#_torchvision', 'deformlit/deform_conv.py'),

@@ -6,7 +6,7 @@
 __all__ = ['deform_conv2d_loop', 'tap_pixels', 'framed', 'tap_rows', 'deform_conv2d_gather', 'deform_conv2d_eager',
            'deform_conv2d_compiled', 'conv_size', 'deform_conv2d', 'OffsetBranch', 'MaskedOffsetBranch', 'DeformConv2d']
 
-# %% ../nbs/10_deform_conv.ipynb #c2e634bf
+# %% ../nbs/10_deform_conv.ipynb #94471ce4
 import functools, math
 from itertools import product
 from typing import Callable, NamedTuple
@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from .core import *
 from .points import *
 
-# %% ../nbs/10_deform_conv.ipynb #f9401ea7
+# %% ../nbs/10_deform_conv.ipynb #9b80a95d
 def _value_at(pixels, x, y):
     "The value of a map `h w` between its pixels, zero outside; `x` and `y` in pixels, 0 the centre of the first."
     (h, w), col, row, value = pixels.shape, math.floor(x.detach()), math.floor(y.detach()), 0.
@@ -40,7 +40,7 @@ def deform_conv2d_loop(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 
             out[i, a, row, col] += weight[a, j, u, v] * m * _value_at(x[i, channel], x_, y)
     return out
 
-# %% ../nbs/10_deform_conv.ipynb #a7c7c745
+# %% ../nbs/10_deform_conv.ipynb #8ac70bd8
 def _pair(name, x, least):
     "Two whole numbers (y, x) from one or two."
     pair = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
@@ -64,7 +64,7 @@ def tap_pixels(
     moved = offset.flatten(2).unflatten(1, (-1, kh * kw, 2)).permute(0, 4, 2, 1, 3)        # b q k g (y, x)
     return grid + moved.flip(-1)
 
-# %% ../nbs/10_deform_conv.ipynb #b015746b
+# %% ../nbs/10_deform_conv.ipynb #ce3f2599
 def framed(
     x:Tensor, # `b c h w`
     g:int=1,  # Offset groups
@@ -92,7 +92,7 @@ def tap_rows(
     numbers = torch.stack([first, first + g, first + (w + 4) * g, first + (w + 5) * g], -1)
     return numbers, torch.stack([left * (1 - fy), right * (1 - fy), left * fy, right * fy], -1)
 
-# %% ../nbs/10_deform_conv.ipynb #d6ab9914
+# %% ../nbs/10_deform_conv.ipynb #aebbd930
 def _tap_mask(mask, k): return None if mask is None else mask.flatten(2).unflatten(1, (-1, k)).permute(0, 3, 2, 1)     # b q k g
 
 def deform_conv2d_gather(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
@@ -107,12 +107,12 @@ def deform_conv2d_gather(x, offset, weight, bias=None, stride=(1, 1), padding=(0
     out = torch.einsum('bqkni,noik->bnoq', columns, kernels).reshape(b, o, *offset.shape[2:])
     return out if bias is None else out + bias[:, None, None]
 
-# %% ../nbs/10_deform_conv.ipynb #0da2a2fe
+# %% ../nbs/10_deform_conv.ipynb #fe3bd356
 def _read(table, numbers, shares):
     "The weighted sum of each bag's rows."
     return F.embedding_bag(numbers, table, per_sample_weights=shares, mode='sum')
 
-# %% ../nbs/10_deform_conv.ipynb #835937bc
+# %% ../nbs/10_deform_conv.ipynb #096b99ab
 def _dots(table, numbers, grad):
     "The dot product of each bag's gradient with each row in the bag: what autograd knows as the gradient to the shares."
     shares = torch.zeros(numbers.shape, dtype=grad.dtype, device=grad.device, requires_grad=True)
@@ -130,22 +130,23 @@ def _slopes(dots, h, w, offset, mask, kernel_size, stride, padding, dilation):
     to_mask = ((1 - fy) * top + fy * bottom).permute(0, 3, 2, 1)
     return to_at.permute(0, 3, 2, 4, 1).reshape(offset.shape), to_mask.reshape(offset.shape[0], -1, *offset.shape[2:])
 
-# %% ../nbs/10_deform_conv.ipynb #ff3bf533
-def _give(numbers, shares, grad, rows):
-    "The gradient to a table of `rows` rows: for each row what its taps bring."
+# %% ../nbs/10_deform_conv.ipynb #c8b4e176
+def _give(table, numbers, shares, grad):
+    "The gradient to the table: for each row what its taps bring."
     steps = (numbers[0] - numbers[0, 0]).tolist()[1:]
     row, order = numbers[:, 0].sort()
-    ends = F.pad(row.bincount(minlength=rows).cumsum(0), (1, 0))
+    ends = F.pad(row.bincount(minlength=len(table)).cumsum(0), (1, 0))
     out, *more = [F.embedding_bag(order, grad, ends, per_sample_weights=o, mode='sum', include_last_offset=True) for o in shares[order].T.contiguous()]
     for step, o in zip(steps, more): out[step:] += o[:-step]
     return out
 
-# %% ../nbs/10_deform_conv.ipynb #64e1e705
+# %% ../nbs/10_deform_conv.ipynb #437f5618
 class _Parts(NamedTuple):
     "The arithmetic of the bags, plain or compiled."
     rows: Callable    # Numbers and shares
     dots: Callable    # Gradients to shares
     slopes: Callable  # Gradients to offsets and mask
+    give: Callable    # Gradient to the table
 
 def _rows(h, w, offset, mask, kernel_size, stride, padding, dilation):
     "Row numbers and shares of one image's taps, `(q k g) 4`."
@@ -160,7 +161,7 @@ def _images(parts, x, offset, mask, options):
         one = *x.shape[2:], offset[i:i+1], None if mask is None else mask[i:i+1], *options
         yield one, framed(x[i:i+1], g)[0], *parts.rows(*one)
 
-# %% ../nbs/10_deform_conv.ipynb #b2ebe439
+# %% ../nbs/10_deform_conv.ipynb #81d31c10
 def _kernels(weight, c):
     "The weights as a matrix for each group, `n o (k i)`, and the sizes (k, n, i)."
     (o, i, kh, kw), k = weight.shape, math.prod(weight.shape[2:])
@@ -178,7 +179,7 @@ def _twice(grad, options, *tensors):
     found = iter(torch.autograd.grad(out, asked, grad, create_graph=True))
     return [None if o is None or not o.requires_grad else next(found) for o in tensors]
 
-# %% ../nbs/10_deform_conv.ipynb #e368f7d0
+# %% ../nbs/10_deform_conv.ipynb #58f3b82c
 class _Bags(torch.autograd.Function):
     "Deformable convolution by sums of bags, one image at a time, with gradients by hand."
     @staticmethod
@@ -205,7 +206,7 @@ class _Bags(torch.autograd.Function):
             if for_weight: to_kernels += o @ _lines(_read(*rows), sizes)
             taps = (o.mT @ kernels).unflatten(2, sizes[::2]).permute(1, 2, 0, 3).reshape(-1, rows[0].shape[1])      # (q k g) c/g
             if for_offset or for_mask: slopes.append(ctx.parts.slopes(ctx.parts.dots(*rows[:2], taps), *one))
-            if for_x: to_x.append(_unframed(_give(*rows[1:], taps, len(rows[0])), x.shape))
+            if for_x: to_x.append(_unframed(ctx.parts.give(*rows, taps), x.shape))
         to_offset, to_mask = map(torch.cat, zip(*slopes)) if slopes else (None, None)
         to_weight = to_kernels.unflatten(2, sizes[::2]).mT.reshape(weight.shape) if for_weight else None
         to_bias = grad.sum((0, 2, 3)) if for_bias else None
@@ -215,7 +216,7 @@ def _unframed(table, shape):
     "The gradient to one image from that to its table."
     return table.view(1, shape[2] + 4, shape[3] + 4, shape[1])[:, 2:-2, 2:-2].movedim(-1, 1)
 
-# %% ../nbs/10_deform_conv.ipynb #91bba892
+# %% ../nbs/10_deform_conv.ipynb #c5529df3
 def _bags(parts, *args):
     "By bags where there are numbers on a CPU, else by `deform_conv2d_gather`."
     x, offset, weight, bias, stride, padding, dilation, mask = args
@@ -225,27 +226,29 @@ def _bags(parts, *args):
 
 def deform_conv2d_eager(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
     "The same, rows read by `F.embedding_bag`, with gradients by hand. Arguments as for `deform_conv2d_loop`."
-    return _bags(_Parts(_rows, _dots, _slopes), x, offset, weight, bias, stride, padding, dilation, mask)
+    return _bags(_Parts(_rows, _dots, _slopes, _give), x, offset, weight, bias, stride, padding, dilation, mask)
 
-# %% ../nbs/10_deform_conv.ipynb #6aa59077
+# %% ../nbs/10_deform_conv.ipynb #34dd8ace
 def _gather_dots(table, numbers, grad): return (table[numbers] * grad[:, None]).sum(-1)
 
-def _open(f):
+def _scatter(table, numbers, shares, grad): return torch.zeros_like(table).index_put((numbers,), shares[..., None] * grad[:, None], accumulate=True)
+
+def _open(f, **options):
     "`f` compiled, for maps of any size: the last two sizes of maps and the first of tables may change."
-    f = compile_lazily(f)
+    f = compile_lazily(f, **options)
     def opened(*args):
         for x in args:
             if isinstance(x, Tensor): torch._dynamo.maybe_mark_dynamic(x, (2, 3) if x.ndim == 4 else 0)
         return f(*args)
     return opened
 
-_fast = _Parts(*map(_open, (_rows, _gather_dots, _slopes)))
+_fast = _Parts(*map(_open, (_rows, _gather_dots, _slopes)), _open(_scatter, options={'cpp.threads': 1}))
 
 def deform_conv2d_compiled(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
     "The same with compiled arithmetic; the first call compiles. Arguments as for `deform_conv2d_loop`."
     return _bags(_fast, x, offset, weight, bias, stride, padding, dilation, mask)
 
-# %% ../nbs/10_deform_conv.ipynb #8ad2c715
+# %% ../nbs/10_deform_conv.ipynb #942e7f6a
 def _torchvision(x, offset, weight, bias, stride, padding, dilation, mask):
     "torchvision's own operation."
     from torchvision.ops import deform_conv2d
@@ -262,7 +265,7 @@ def _fits_torchvision(x, *args):
     kind = x.device.type
     if not torch._C._dispatch_has_kernel_for_dispatch_key('torchvision::deform_conv2d', kind.upper() if kind != 'meta' else 'Meta'): return f'this torchvision has no kernel for {kind}'
 
-# %% ../nbs/10_deform_conv.ipynb #f188a29c
+# %% ../nbs/10_deform_conv.ipynb #89a6491a
 @functools.lru_cache(1024)
 def _order(grad, size):
     kind = f"cpu {'forward+backward' if grad else 'forward'} 1e{len(str(size)) - 1}"
@@ -282,7 +285,7 @@ for _name, _f in dict(loop=deform_conv2d_loop, eager=deform_conv2d_eager, compil
     _deform.way(_name, needs=needs_compiler if _name == 'compiled' else None)(_f)
 _deform.way('native', needs=_needs_torchvision, fits=_fits_torchvision)(_torchvision)
 
-# %% ../nbs/10_deform_conv.ipynb #37e2ff8f
+# %% ../nbs/10_deform_conv.ipynb #ecc7c232
 def conv_size(
     h:int, w:int,  # Size of the map
     kernel_size, stride=1, padding=0, dilation=1, # As for `tap_pixels`
@@ -308,7 +311,7 @@ def _check_deform(x, offset, weight, bias, stride, padding, dilation, mask):
     for name, o in tensors.items(): check_float(name, o)
     check_same_device(**tensors)
 
-# %% ../nbs/10_deform_conv.ipynb #bb47dfa2
+# %% ../nbs/10_deform_conv.ipynb #1b34f427
 def deform_conv2d(
     x:Tensor,      # `b c h w`
     offset:Tensor, # `b (g k 2) oh ow`: for each tap (y, x), in pixels of `x`; `g` offset groups divide the channels
@@ -332,7 +335,7 @@ def deform_conv2d(
     if not torch.is_autocast_enabled(x.device.type): return _deform(*args).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False): return _deform(*args).to(x.dtype)
 
-# %% ../nbs/10_deform_conv.ipynb #35da8a62
+# %% ../nbs/10_deform_conv.ipynb #6daabd15
 class OffsetBranch(nn.Module):
     "Where each output pixel's taps go (version 1): a convolution of the map that begins with zeros."
     per_tap = 2
@@ -367,7 +370,7 @@ class MaskedOffsetBranch(OffsetBranch):
         n = out.shape[1] // 3
         return out[:, :2*n], out[:, 2*n:].sigmoid()
 
-# %% ../nbs/10_deform_conv.ipynb #4f6cc8b2
+# %% ../nbs/10_deform_conv.ipynb #c346f9f3
 class DeformConv2d(nn.Module):
     "A convolution whose taps move: with `OffsetBranch` version 1, with `MaskedOffsetBranch` version 2."
     def __init__(self,
