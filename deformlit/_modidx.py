@@ -442,6 +442,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deformlit.deform_conv._open': ('deform_conv.html#_open', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._order': ('deform_conv.html#_order', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._pair': ('deform_conv.html#_pair', 'deformlit/deform_conv.py'),
+                                       'deformlit.deform_conv._pieces': ('deform_conv.html#_pieces', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._read': ('deform_conv.html#_read', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._rows': ('deform_conv.html#_rows', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._scatter': ('deform_conv.html#_scatter', 'deformlit/deform_conv.py'),

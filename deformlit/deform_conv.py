@@ -6,7 +6,7 @@
 __all__ = ['deform_conv2d_loop', 'tap_pixels', 'framed', 'tap_rows', 'deform_conv2d_gather', 'deform_conv2d_eager',
            'deform_conv2d_compiled', 'conv_size', 'deform_conv2d', 'OffsetBranch', 'MaskedOffsetBranch', 'DeformConv2d']
 
-# %% ../nbs/10_deform_conv.ipynb #94471ce4
+# %% ../nbs/10_deform_conv.ipynb #7a764282
 import functools, math
 from itertools import product
 from typing import Callable, NamedTuple
@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from .core import *
 from .points import *
 
-# %% ../nbs/10_deform_conv.ipynb #9b80a95d
+# %% ../nbs/10_deform_conv.ipynb #cbfa2a40
 def _value_at(pixels, x, y):
     "The value of a map `h w` between its pixels, zero outside; `x` and `y` in pixels, 0 the centre of the first."
     (h, w), col, row, value = pixels.shape, math.floor(x.detach()), math.floor(y.detach()), 0.
@@ -40,7 +40,7 @@ def deform_conv2d_loop(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 
             out[i, a, row, col] += weight[a, j, u, v] * m * _value_at(x[i, channel], x_, y)
     return out
 
-# %% ../nbs/10_deform_conv.ipynb #8ac70bd8
+# %% ../nbs/10_deform_conv.ipynb #5e4e4a1e
 def _pair(name, x, least):
     "Two whole numbers (y, x) from one or two."
     pair = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
@@ -64,7 +64,7 @@ def tap_pixels(
     moved = offset.flatten(2).unflatten(1, (-1, kh * kw, 2)).permute(0, 4, 2, 1, 3)        # b q k g (y, x)
     return grid + moved.flip(-1)
 
-# %% ../nbs/10_deform_conv.ipynb #ce3f2599
+# %% ../nbs/10_deform_conv.ipynb #92f6a6ac
 def framed(
     x:Tensor, # `b c h w`
     g:int=1,  # Offset groups
@@ -92,7 +92,7 @@ def tap_rows(
     numbers = torch.stack([first, first + g, first + (w + 4) * g, first + (w + 5) * g], -1)
     return numbers, torch.stack([left * (1 - fy), right * (1 - fy), left * fy, right * fy], -1)
 
-# %% ../nbs/10_deform_conv.ipynb #aebbd930
+# %% ../nbs/10_deform_conv.ipynb #13dec6c1
 def _tap_mask(mask, k): return None if mask is None else mask.flatten(2).unflatten(1, (-1, k)).permute(0, 3, 2, 1)     # b q k g
 
 def deform_conv2d_gather(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
@@ -107,12 +107,12 @@ def deform_conv2d_gather(x, offset, weight, bias=None, stride=(1, 1), padding=(0
     out = torch.einsum('bqkni,noik->bnoq', columns, kernels).reshape(b, o, *offset.shape[2:])
     return out if bias is None else out + bias[:, None, None]
 
-# %% ../nbs/10_deform_conv.ipynb #fe3bd356
+# %% ../nbs/10_deform_conv.ipynb #fd8406fe
 def _read(table, numbers, shares):
     "The weighted sum of each bag's rows."
     return F.embedding_bag(numbers, table, per_sample_weights=shares, mode='sum')
 
-# %% ../nbs/10_deform_conv.ipynb #096b99ab
+# %% ../nbs/10_deform_conv.ipynb #daa51093
 def _dots(table, numbers, grad):
     "The dot product of each bag's gradient with each row in the bag: what autograd knows as the gradient to the shares."
     shares = torch.zeros(numbers.shape, dtype=grad.dtype, device=grad.device, requires_grad=True)
@@ -130,23 +130,24 @@ def _slopes(dots, h, w, offset, mask, kernel_size, stride, padding, dilation):
     to_mask = ((1 - fy) * top + fy * bottom).permute(0, 3, 2, 1)
     return to_at.permute(0, 3, 2, 4, 1).reshape(offset.shape), to_mask.reshape(offset.shape[0], -1, *offset.shape[2:])
 
-# %% ../nbs/10_deform_conv.ipynb #c8b4e176
+# %% ../nbs/10_deform_conv.ipynb #e143d3c8
 def _give(table, numbers, shares, grad):
-    "The gradient to the table: for each row what its taps bring."
+    "Add to the gradient of the table: for each row what its taps bring."
     steps = (numbers[0] - numbers[0, 0]).tolist()[1:]
     row, order = numbers[:, 0].sort()
     ends = F.pad(row.bincount(minlength=len(table)).cumsum(0), (1, 0))
     out, *more = [F.embedding_bag(order, grad, ends, per_sample_weights=o, mode='sum', include_last_offset=True) for o in shares[order].T.contiguous()]
-    for step, o in zip(steps, more): out[step:] += o[:-step]
-    return out
+    table += out
+    for step, o in zip(steps, more): table[step:] += o[:-step]
 
-# %% ../nbs/10_deform_conv.ipynb #437f5618
+# %% ../nbs/10_deform_conv.ipynb #9258bc57
 class _Parts(NamedTuple):
     "The arithmetic of the bags, plain or compiled."
     rows: Callable    # Numbers and shares
     dots: Callable    # Gradients to shares
     slopes: Callable  # Gradients to offsets and mask
-    give: Callable    # Gradient to the table
+    give: Callable    # Adds to the gradient of the table
+    piece: int        # Numbers of the columns at a time in the backward pass
 
 def _rows(h, w, offset, mask, kernel_size, stride, padding, dilation):
     "Row numbers and shares of one image's taps, `(q k g) 4`."
@@ -161,7 +162,13 @@ def _images(parts, x, offset, mask, options):
         one = *x.shape[2:], offset[i:i+1], None if mask is None else mask[i:i+1], *options
         yield one, framed(x[i:i+1], g)[0], *parts.rows(*one)
 
-# %% ../nbs/10_deform_conv.ipynb #81d31c10
+def _pieces(out, table, taps, floats=2**18):
+    "Slices of the output pixels of `out`, `n o q`, and of all their `taps`: in a piece about `floats` numbers are read."
+    q, each = out.shape[2], taps // out.shape[2]
+    step = max(64, floats // (each * table.shape[1]))
+    for a in range(0, q, step): yield slice(a, a + step), slice(a * each, (a + step) * each)
+
+# %% ../nbs/10_deform_conv.ipynb #95f8ce96
 def _kernels(weight, c):
     "The weights as a matrix for each group, `n o (k i)`, and the sizes (k, n, i)."
     (o, i, kh, kw), k = weight.shape, math.prod(weight.shape[2:])
@@ -179,7 +186,7 @@ def _twice(grad, options, *tensors):
     found = iter(torch.autograd.grad(out, asked, grad, create_graph=True))
     return [None if o is None or not o.requires_grad else next(found) for o in tensors]
 
-# %% ../nbs/10_deform_conv.ipynb #58f3b82c
+# %% ../nbs/10_deform_conv.ipynb #c54ca10a
 class _Bags(torch.autograd.Function):
     "Deformable convolution by sums of bags, one image at a time, with gradients by hand."
     @staticmethod
@@ -189,8 +196,9 @@ class _Bags(torch.autograd.Function):
         ctx.parts, ctx.options = parts, options
         kernels, sizes = _kernels(weight, x.shape[1])
         out = x.new_empty(len(x), *kernels.shape[:2], offset.shape[2] * offset.shape[3])     # b n o q
-        for o, (_, *rows) in zip(out, _images(parts, x, offset, mask, options)):
-            torch.bmm(kernels, _lines(_read(*rows), sizes).mT, out=o)
+        for o, (_, table, numbers, shares) in zip(out, _images(parts, x, offset, mask, options)):
+            for px, taps in _pieces(o, table, len(numbers)):
+                torch.bmm(kernels, _lines(_read(table, numbers[taps], shares[taps]), sizes).mT, out=o[..., px])
             if bias is not None: o += bias.view(len(kernels), -1, 1)
         return out.view(len(x), -1, *offset.shape[2:])
 
@@ -201,12 +209,17 @@ class _Bags(torch.autograd.Function):
         if torch.is_grad_enabled(): return None, None, *_twice(grad, ctx.options, *ctx.saved_tensors)
         for_x, for_offset, for_weight, for_bias, for_mask = ctx.needs_input_grad[2:]
         kernels, sizes = _kernels(weight, x.shape[1])
-        to_kernels, to_x, slopes = torch.zeros_like(kernels), [], []
-        for o, (one, *rows) in zip(grad.reshape(len(x), *kernels.shape[:2], -1), _images(ctx.parts, x, offset, mask, ctx.options)):
-            if for_weight: to_kernels += o @ _lines(_read(*rows), sizes)
-            taps = (o.mT @ kernels).unflatten(2, sizes[::2]).permute(1, 2, 0, 3).reshape(-1, rows[0].shape[1])      # (q k g) c/g
-            if for_offset or for_mask: slopes.append(ctx.parts.slopes(ctx.parts.dots(*rows[:2], taps), *one))
-            if for_x: to_x.append(_unframed(ctx.parts.give(*rows, taps), x.shape))
+        parts, to_kernels, to_x, slopes = ctx.parts, torch.zeros_like(kernels), [], []
+        for o, (one, table, numbers, shares) in zip(grad.reshape(len(x), *kernels.shape[:2], -1), _images(parts, x, offset, mask, ctx.options)):
+            dots, to_table = torch.empty_like(shares), torch.zeros_like(table)
+            for px, taps in _pieces(o, table, len(numbers), parts.piece):
+                rows = table, numbers[taps], shares[taps]
+                if for_weight: to_kernels += o[..., px] @ _lines(_read(*rows), sizes)
+                r = (o[..., px].mT @ kernels).unflatten(2, sizes[::2]).permute(1, 2, 0, 3).reshape(-1, table.shape[1])     # gradient to the columns, (q k g) c/g
+                if for_offset or for_mask: dots[taps] = parts.dots(*rows[:2], r)
+                if for_x: parts.give(to_table, *rows[1:], r)
+            if for_offset or for_mask: slopes.append(parts.slopes(dots, *one))
+            if for_x: to_x.append(_unframed(to_table, x.shape))
         to_offset, to_mask = map(torch.cat, zip(*slopes)) if slopes else (None, None)
         to_weight = to_kernels.unflatten(2, sizes[::2]).mT.reshape(weight.shape) if for_weight else None
         to_bias = grad.sum((0, 2, 3)) if for_bias else None
@@ -216,7 +229,7 @@ def _unframed(table, shape):
     "The gradient to one image from that to its table."
     return table.view(1, shape[2] + 4, shape[3] + 4, shape[1])[:, 2:-2, 2:-2].movedim(-1, 1)
 
-# %% ../nbs/10_deform_conv.ipynb #c5529df3
+# %% ../nbs/10_deform_conv.ipynb #744df135
 def _bags(parts, *args):
     "By bags where there are numbers on a CPU, else by `deform_conv2d_gather`."
     x, offset, weight, bias, stride, padding, dilation, mask = args
@@ -226,12 +239,12 @@ def _bags(parts, *args):
 
 def deform_conv2d_eager(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
     "The same, rows read by `F.embedding_bag`, with gradients by hand. Arguments as for `deform_conv2d_loop`."
-    return _bags(_Parts(_rows, _dots, _slopes, _give), x, offset, weight, bias, stride, padding, dilation, mask)
+    return _bags(_Parts(_rows, _dots, _slopes, _give, 2**40), x, offset, weight, bias, stride, padding, dilation, mask)
 
-# %% ../nbs/10_deform_conv.ipynb #34dd8ace
+# %% ../nbs/10_deform_conv.ipynb #a4a6dbbf
 def _gather_dots(table, numbers, grad): return (table[numbers] * grad[:, None]).sum(-1)
 
-def _scatter(table, numbers, shares, grad): return torch.zeros_like(table).index_put((numbers,), shares[..., None] * grad[:, None], accumulate=True)
+def _scatter(table, numbers, shares, grad): table.index_put_((numbers,), shares[..., None] * grad[:, None], accumulate=True)
 
 def _open(f, **options):
     "`f` compiled, for maps of any size: the last two sizes of maps and the first of tables may change."
@@ -242,13 +255,13 @@ def _open(f, **options):
         return f(*args)
     return opened
 
-_fast = _Parts(*map(_open, (_rows, _gather_dots, _slopes)), _open(_scatter, options={'cpp.threads': 1}))
+_fast = _Parts(*map(_open, (_rows, _gather_dots, _slopes)), _open(_scatter, options={'cpp.threads': 1}), 2**18)
 
 def deform_conv2d_compiled(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
     "The same with compiled arithmetic; the first call compiles. Arguments as for `deform_conv2d_loop`."
     return _bags(_fast, x, offset, weight, bias, stride, padding, dilation, mask)
 
-# %% ../nbs/10_deform_conv.ipynb #942e7f6a
+# %% ../nbs/10_deform_conv.ipynb #59307c55
 def _torchvision(x, offset, weight, bias, stride, padding, dilation, mask):
     "torchvision's own operation."
     from torchvision.ops import deform_conv2d
@@ -265,7 +278,7 @@ def _fits_torchvision(x, *args):
     kind = x.device.type
     if not torch._C._dispatch_has_kernel_for_dispatch_key('torchvision::deform_conv2d', kind.upper() if kind != 'meta' else 'Meta'): return f'this torchvision has no kernel for {kind}'
 
-# %% ../nbs/10_deform_conv.ipynb #89a6491a
+# %% ../nbs/10_deform_conv.ipynb #7e093d3a
 @functools.lru_cache(1024)
 def _order(grad, size):
     kind = f"cpu {'forward+backward' if grad else 'forward'} 1e{len(str(size)) - 1}"
@@ -281,11 +294,10 @@ def _auto(*args):
     return _order(grad, offset.numel() // 2 * x.shape[1])    # values read, if there is one offset group
 
 _deform = Op('deform_conv2d', _auto)
-for _name, _f in dict(loop=deform_conv2d_loop, eager=deform_conv2d_eager, compiled=deform_conv2d_compiled).items():
-    _deform.way(_name, needs=needs_compiler if _name == 'compiled' else None)(_f)
-_deform.way('native', needs=_needs_torchvision, fits=_fits_torchvision)(_torchvision)
+for _name, _f in dict(loop=deform_conv2d_loop, eager=deform_conv2d_eager, compiled=deform_conv2d_compiled, native=_torchvision).items():
+    _deform.way(_name, needs=dict(compiled=needs_compiler, native=_needs_torchvision).get(_name), fits=_fits_torchvision if _name == 'native' else None)(_f)
 
-# %% ../nbs/10_deform_conv.ipynb #ecc7c232
+# %% ../nbs/10_deform_conv.ipynb #2463673e
 def conv_size(
     h:int, w:int,  # Size of the map
     kernel_size, stride=1, padding=0, dilation=1, # As for `tap_pixels`
@@ -311,7 +323,7 @@ def _check_deform(x, offset, weight, bias, stride, padding, dilation, mask):
     for name, o in tensors.items(): check_float(name, o)
     check_same_device(**tensors)
 
-# %% ../nbs/10_deform_conv.ipynb #1b34f427
+# %% ../nbs/10_deform_conv.ipynb #b2c7f344
 def deform_conv2d(
     x:Tensor,      # `b c h w`
     offset:Tensor, # `b (g k 2) oh ow`: for each tap (y, x), in pixels of `x`; `g` offset groups divide the channels
@@ -335,7 +347,7 @@ def deform_conv2d(
     if not torch.is_autocast_enabled(x.device.type): return _deform(*args).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False): return _deform(*args).to(x.dtype)
 
-# %% ../nbs/10_deform_conv.ipynb #6daabd15
+# %% ../nbs/10_deform_conv.ipynb #0d13a65f
 class OffsetBranch(nn.Module):
     "Where each output pixel's taps go (version 1): a convolution of the map that begins with zeros."
     per_tap = 2
@@ -370,7 +382,7 @@ class MaskedOffsetBranch(OffsetBranch):
         n = out.shape[1] // 3
         return out[:, :2*n], out[:, 2*n:].sigmoid()
 
-# %% ../nbs/10_deform_conv.ipynb #c346f9f3
+# %% ../nbs/10_deform_conv.ipynb #6e3f839b
 class DeformConv2d(nn.Module):
     "A convolution whose taps move: with `OffsetBranch` version 1, with `MaskedOffsetBranch` version 2."
     def __init__(self,
