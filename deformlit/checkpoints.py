@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['deformable_detr_official', 'two_stage_official', 'dab_deformable_official', 'detr_official', 'dab_detr_official',
            'dilateformer_official', 'deformable_detr_transformers', 'two_stage_transformers', 'detr_transformers',
-           'dab_detr_transformers', 'resnet_transformers', 'msda_official', 'TABLES', 'LEFTOVERS', 'WEIGHTS',
-           'FACTORIES', 'PARTS', 'detr_words', 'dab_words', 'deformable_words', 'SYSTEMS', 'version4', 'own_resnet',
-           'Line', 'parse_line', 'fill', 'Entry', 'entries', 'layouts', 'to_layout', 'read_entry', 'Report',
-           'fold_names', 'from_layout', 'fits', 'guess_layout', 'read_weights', 'read_json', 'save_weights',
-           'class_layers', 'start_classes', 'WeightsError', 'load_weights', 'defaults_of', 'create_detector',
-           'from_config', 'with_classes', 'System', 'words_of', 'from_transformers', 'to_transformers',
-           'save_pretrained', 'find_folder', 'load_pretrained', 'from_pretrained']
+           'dab_detr_transformers', 'resnet_transformers', 'msda_official', 'TABLES', 'LEFTOVERS', 'dat_blocks',
+           'dat_frame', 'BUFFERS', 'WEIGHTS', 'FACTORIES', 'PARTS', 'detr_words', 'dab_words', 'deformable_words',
+           'SYSTEMS', 'version4', 'own_resnet', 'within', 'dat_official', 'dat_buffers', 'Line', 'parse_line', 'fill',
+           'Entry', 'entries', 'layouts', 'to_layout', 'read_entry', 'Report', 'fold_names', 'fit_table', 'from_layout',
+           'fits', 'guess_layout', 'read_weights', 'read_json', 'save_weights', 'class_layers', 'start_classes',
+           'WeightsError', 'load_weights', 'defaults_of', 'create_detector', 'from_config', 'with_classes', 'System',
+           'words_of', 'from_transformers', 'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained',
+           'from_pretrained']
 
 # %% ../nbs/26_checkpoints.ipynb #e846360e
 import argparse, importlib, inspect, json, math, pickle, re
-from collections import Counter
+from collections import Counter, OrderedDict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,10 @@ from .backbones import *
 from .detr import *
 from .deformable_detr import *
 from .dab_detr import *
+from .relative_bias import InterpolatedBias
+from .windows import *
+from .deformed_keys import DeformedKeysAttention
+from .dat import *
 from .dilateformer import *
 
 # %% ../nbs/26_checkpoints.ipynb #db976829
@@ -318,6 +323,65 @@ TABLES |= {f'{o}/resnet': {cls: table and own_resnet(table) for cls, table in TA
 LEFTOVERS = '*total_ops', '*total_params', '*num_batches_tracked'   # counters, not weights: may stand in a file, or not
 list(TABLES)
 
+# %% ../nbs/26_checkpoints.ipynb #d5a70002
+dat_blocks = {
+    PixelMLP: 'fc{k}.{p} chunk.linear{k}.{p}',
+    ConvMLP: 'fc{k}.{p} linear{k}.0.{p}\naround.{p} dwc.{p}',
+    FirstConvMLP: 'fc{k}.{p} linear{k}.{p}\naround.{p} dwc.{p}',
+    ShiftedWindowAttention: 'qkv.{p} proj_qkv.{p}\nproj.{p} proj_out.{p}\nbias.table relative_position_bias_table',
+    NeighbourhoodAttention: 'qkv.{p} qkv.{p}\nproj.{p} proj.{p}\nbias.table rpb',
+    DeformedKeysAttention: '''
+{o}_proj.{p}        proj_{o}.{p}
+offsets.conv.{p}    conv_offset.0.{p}
+offsets.norm.{p}    conv_offset.1.norm.{p}
+offsets.out.{p}     conv_offset.3.{p}
+bias.table          rpe_table
+bias.conv.{p}       rpe_table.{p}
+bias.mlp.{j}.{p}    rpe_table.{j}.{p}
+'''}
+dat_frame = '''
+stem.proj.{p}       stages.0.proj.{p}
+stem.0.{p}          patch_proj.0.{p}
+stem.1.{p}          patch_proj.1.norm.{p}
+stem.3.{p}          patch_proj.3.{p}
+stem.4.{p}          patch_proj.4.norm.{p}
+downs.{i}.0.{p}     down_projs.{i}.0.{p}
+downs.{i}.1.{p}     down_projs.{i}.1.norm.{p}
+norm.{p}            cls_norm.norm.{p}
+head.{p}            cls_head.{p}
+'''
+
+# %% ../nbs/26_checkpoints.ipynb #d5a70003
+def within(table:str, ours:str, theirs:str) -> str:
+    "A table for a part of a model that is called so."
+    return ''.join(f'{ours}.{a} {theirs}.{b}\n' for a, b in (line.split() for line in table.split('\n') if line))
+
+def dat_official(model:DAT) -> str:
+    "The table of a DAT, after the blocks that it has."
+    tables, block = [dat_frame], lambda m: next((dat_blocks[cls] for cls in type(m).__mro__ if cls in dat_blocks), '')
+    for s, stage in enumerate(model.stages):
+        for d, layer in enumerate(stage):
+            ours, theirs = f'stages.{s}.{d}', f'stages.{s}'
+            tables += [within(block(layer.attn), f'{ours}.attn', f'{theirs}.attns.{d}'), within(block(layer.mlp), f'{ours}.mlp', f'{theirs}.mlps.{d}'), f'{ours}.lpu.{{p}} {theirs}.local_perception_units.{d}.{{p}}\n']
+            for k in (1, 2): tables.append(f'{ours}.norm{k}.{{p}} {theirs}.layer_norms.{2*d + k - 1}.norm.{{p}}\n{ours}.scale{k}.{{p}} {theirs}.layer_scales.{2*d + k - 1}.{{p}}\n')
+    return ''.join(tables)
+
+TABLES['official'] |= dat_blocks | {DAT: dat_official}
+
+# %% ../nbs/26_checkpoints.ipynb #d5a70005
+LEFTOVERS += '*relative_position_index', '*attn_mask', '*.q_grid', '*.reference'    # buffers that follow from the sizes
+
+def dat_buffers(model:DAT) -> dict:
+    "What official window attentions keep beside their weights."
+    out = {}
+    for s, stage in enumerate(model.stages):
+        size = [-(-o // model.strides[s]) for o in model.default_cfg['input_size'][1:]]
+        for d, m in ((d, layer.attn) for d, layer in enumerate(stage) if isinstance(layer.attn, ShiftedWindowAttention)):
+            out[f'stages.{s}.attns.{d}.relative_position_index'] = m.bias.index()
+            if any(m.shift): out[f'stages.{s}.attns.{d}.attn_mask'] = torch.where(block_mask(*size, m.window_size, m.shift)[:, 0], 0., -100.)
+    return out
+BUFFERS = dict(official={DAT: dat_buffers})
+
 # %% ../nbs/26_checkpoints.ipynb #7bbec2e7
 class Line(NamedTuple):
     "One line of a table."
@@ -368,7 +432,8 @@ def entries(
 
 def _table_of(model, layout):
     "The table for the nearest class of a model, if any."
-    return next((TABLES[layout][cls] for cls in type(model).__mro__ if cls in TABLES.get(layout, {})), None)
+    table = next((TABLES[layout][cls] for cls in type(model).__mro__ if cls in TABLES.get(layout, {})), None)
+    return table(model) if callable(table) else table
 
 def layouts(model:nn.Module) -> list:
     "The names of the layouts in which a model can be read and written."
@@ -395,12 +460,13 @@ def to_layout(
     model:nn.Module,
     layout:str='official', # 'ours', or a layout with a table for this model: see `layouts`
 ) -> dict:
-    "The model's state dict under the names, and in the stacks, of a layout. Copies are the same tensor."
+    "The model's state dict under the names, and in the stacks, of a layout, with the buffers that its files have. Copies are the same tensor."
     state, out = model.state_dict(), {}
     for e in entries(model, layout):
         tensor = state[e.ours[0]] if len(e.ours) == 1 else torch.cat([state[n] for n in e.ours], e.dim)
         out.update(dict.fromkeys(e.theirs, tensor))
-    return out
+    extra = next((f for cls, f in BUFFERS.get(layout, {}).items() if isinstance(model, cls)), lambda m: {})
+    return out | extra(model)
 
 # %% ../nbs/26_checkpoints.ipynb #a634ef91
 def read_entry(
@@ -429,9 +495,10 @@ class Report(NamedTuple):
     dropped:list # Their names that were not used
     new:list     # Our names that got nothing: they stay as they were, or start anew
     wrong:dict   # {name: what is wrong with it}; our name where we have one, else theirs
+    resized:list=[] # Our names that got a table of another size, stretched
     def __repr__(self):
         lines = [f"layout   '{self.layout}'", f'kept     {len(self.kept)} tensors']
-        for what, names in (('dropped', self.dropped), ('new', self.new)): lines.append(f'{what:<8} {len(names)}{": " if names else ""}{fold_names(names)}')
+        for what, names in (('dropped', self.dropped), ('new', self.new), *[('resized', self.resized)] * bool(self.resized)): lines.append(f'{what:<8} {len(names)}{": " if names else ""}{fold_names(names)}')
         return '\n'.join(lines)
 
 def fold_names(names:list) -> str:
@@ -439,6 +506,19 @@ def fold_names(names:list) -> str:
     kinds = {}
     for n in names: kinds.setdefault(re.sub(r'\d+', '*', n), []).append(n)
     return ', '.join(o[0] if len(o) == 1 else f'{kind} (x{len(o)})' for kind, o in kinds.items())
+
+# %% ../nbs/26_checkpoints.ipynb #d5a70007
+def fit_table(model:nn.Module, name:str, tensor:Tensor):
+    "A table of relative bias in the size that the model has; None where it has that size already, or is no such table."
+    part = model.get_submodule(name.rpartition('.')[0])
+    if name.rpartition('.')[2] != 'table' or not isinstance(part, (InterpolatedBias, WindowTable, NeighbourTable)) or tensor.shape == part.table.shape: return None
+    rows = isinstance(part, WindowTable)                            # `(2h-1)(2w-1) n`; the others are `n 2h-1 2w-1`
+    side = math.isqrt(len(tensor))
+    if tensor.ndim != part.table.ndim or (rows and side**2 != len(tensor)) or tensor.shape[rows] != part.table.shape[rows]: return None
+    maps = tensor.T.unflatten(1, (side, side)) if rows else tensor
+    size = [2 * o - 1 for o in part.window_size] if rows else part.table.shape[1:]
+    maps = nn.functional.interpolate(maps[None].to(part.table.dtype), size, mode='bicubic', align_corners=False)[0]
+    return maps.flatten(1).T if rows else maps
 
 # %% ../nbs/26_checkpoints.ipynb #72d72599
 def from_layout(
@@ -448,17 +528,18 @@ def from_layout(
     new=(),                # Names of ours, or patterns, that are not to be read
 ) -> tuple:                # Our names and tensors, as far as they fit; `Report`
     "Tensors of a layout under our names."
-    state, out, wrong, used, dropped = model.state_dict(), {}, {}, set(), []
+    state, out, wrong, used, dropped, resized = model.state_dict(), {}, {}, set(), [], []
     for e in entries(model, layout):
         found = {n: weights[n] for n in (*e.theirs, e.instead) if n in weights}
         used.update(found)
+        if len(found) == len(e.ours) == 1 and (table := fit_table(model, e.ours[0], *found.values())) is not None: found, resized = dict.fromkeys(found, table), resized + e.ours
         got, bad = ({}, {}) if any(fits(n, new) for n in e.ours) else read_entry(e, state, found)
         counters = all(fits(n, LEFTOVERS) for n in e.ours) and not found
         out.update(got); wrong.update({} if counters else bad)
         dropped += [n for n in found if n in bad or n in e.theirs and not got]
     unexpected = [n for n in weights if n not in used and not fits(n, LEFTOVERS)]
     wrong.update({n: f'unexpected: {n}' for n in unexpected})
-    return out, Report(layout, list(out), dropped + unexpected, [n for n in state if n not in out], wrong)
+    return out, Report(layout, list(out), dropped + unexpected, [n for n in state if n not in out], wrong, resized)
 
 def fits(name, patterns):
     "Is a name one of these, or of the form of one, as 'heads.*'?"
@@ -493,8 +574,8 @@ def read_weights(
     return dict(found)
 
 def _read_pickle(path):
-    "What `torch.load` gives for weights only."
-    with torch.serialization.safe_globals([argparse.Namespace]): return torch.load(path, map_location='cpu', weights_only=True)
+    "What `torch.load` gives for weights only. Settings of official trainings may lie beside them; those of yacs are read as dicts, without yacs."
+    with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]): return torch.load(path, map_location='cpu', weights_only=True)
 
 def _read_safetensors(path):
     "The tensors, with those that the writer left out as copies."
