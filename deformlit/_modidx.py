@@ -188,7 +188,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deformlit.checkpoints.Report': ('checkpoints.html#report', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints.Report.__repr__': ( 'checkpoints.html#report.__repr__',
                                                                                   'deformlit/checkpoints.py'),
-                                       'deformlit.checkpoints.Settings': ('checkpoints.html#settings', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints.System': ('checkpoints.html#system', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints.WeightsError': ('checkpoints.html#weightserror', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints._hint': ('checkpoints.html#_hint', 'deformlit/checkpoints.py'),

@@ -487,8 +487,8 @@ class PatchConv(nn.Conv2d):
     "A convolution of patches side by side; zeros on the right and below fill up the last ones."
     def __init__(self, ni, nf, size, bias=True): super().__init__(ni, nf, size, size, bias=bias)
     def forward(self, x): # `b c h w` -> `b c h w`, sides divided by `size` and rounded up
-        h, w = x.shape[-2:]
-        return super().forward(F.pad(x, (0, -w % self.stride[1], 0, -h % self.stride[0])))
+        sh, sw = self.stride
+        return super().forward(F.pad(x, (0, sw - 1, 0, sh - 1)))      # what fills no patch is dropped; sides stay simple formulas for the compiler
 
 # %% ../nbs/20_backbones.ipynb #0bd50070
 MODELS = {} # {name: (module, where the official weights are)}
@@ -541,7 +541,7 @@ def create_model(
     pretrained=False,           # A file or folder of weights in any layout of ours, or a state dict
     num_classes:int=1000,       # 0: no head
     in_chans:int=3,             # Channels of the image
-    img_size=224,               # Side of the images, or (height, width); other sizes can be called all the same
+    img_size=None,              # Side of the images, or (height, width); None: the model's own; other sizes can be called all the same
     drop_path_rate:float=None,  # Share of residual branches left out in training, at the last block; None: the model's own
     features_only:bool=False,   # A backbone instead, whose maps are those of the stages `out_indices`
     out_indices=None,           # Numbers of stages, or how many of the last ones; None: all
@@ -553,7 +553,7 @@ def create_model(
     check(pretrained is not True, 'pretrained', 'True', f'a file of weights, or a state dict: official weights of {name} cannot be fetched by a program; download them by hand from {MODELS.get(name, (0, "nowhere"))[1]} and give their path')
     check(features_only or out_indices is None, 'out_indices', out_indices, 'None, or `features_only=True`')
     check(vocab is None or len(vocab) == num_classes, 'vocab', vocab, f'{num_classes} names, one for each class')
-    args = dict(num_classes=num_classes, in_chans=in_chans, img_size=img_size) | ({} if drop_path_rate is None else dict(drop_path_rate=drop_path_rate)) | kwargs
+    args = dict(num_classes=num_classes, in_chans=in_chans) | {k: v for k, v in dict(img_size=img_size, drop_path_rate=drop_path_rate).items() if v is not None} | kwargs
     known = _arguments(make, module)
     for k in kwargs: check(known is None or k in known, k, kwargs[k], f"an argument of `{name}`: {', '.join(known or ())}")
     named = lambda v: isinstance(v, str) and isinstance(getattr(module, v, None), type)

@@ -9,7 +9,7 @@ __all__ = ['first_deformed', 'around_loop', 'Around', 'PlusAround', 'ConvMLP', '
            'dat_small', 'dat_base', 'dat_base_384', 'dat_pp_tiny', 'dat_pp_small', 'dat_pp_base', 'dat_pp_base_384',
            'show_attended']
 
-# %% ../nbs/21_dat.ipynb #baf34a1d
+# %% ../nbs/21_dat.ipynb #8eb1ee48
 import functools
 from itertools import product
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .deformed_keys import *
 from .windows import *
 from .backbones import *
 
-# %% ../nbs/21_dat.ipynb #db125ec0
+# %% ../nbs/21_dat.ipynb #c3f61752
 def around_loop(
     x:Tensor,      # `b c h w`
     weight:Tensor, # `c 1 3 3`
@@ -35,7 +35,7 @@ def around_loop(
         out[i, a, row, col] = bias[a] + sum(weight[a, 0, y + 1, z + 1] * x[i, a, row + y, col + z] for y, z in inside)
     return out
 
-# %% ../nbs/21_dat.ipynb #50149327
+# %% ../nbs/21_dat.ipynb #1a6208a0
 class Around(nn.Conv2d):
     "A weighted sum of the 3 x 3 neighbours, in each channel alone: a depthwise convolution."
     def __init__(self,
@@ -46,7 +46,7 @@ class PlusAround(Around):
     "The same, added to the pixel: the local perception unit of DAT++."
     def forward(self, x): return x + super().forward(x) # `b c h w` -> `b c h w`
 
-# %% ../nbs/21_dat.ipynb #b4bf86e2
+# %% ../nbs/21_dat.ipynb #a1d60c87
 class ConvMLP(nn.Module):
     "Linear, a look around, activation, linear: the MLP of DAT++."
     def __init__(self,
@@ -65,7 +65,7 @@ class FirstConvMLP(ConvMLP):
     def __init__(self, dim, hidden, drop=0.): super().__init__(dim, hidden, drop, Around)
     def forward(self, x): return self.drop(self.fc2(self.drop(self.act(self.around(self.fc1(x))))))
 
-# %% ../nbs/21_dat.ipynb #1bd2ce89
+# %% ../nbs/21_dat.ipynb #05839145
 class PatchStem(nn.Sequential):
     "Patches of 4 x 4 pixels, side by side: the first release."
     def __init__(self, in_chans, dim): super().__init__(PatchConv(in_chans, dim, 4), LayerNorm2d(dim))
@@ -87,7 +87,7 @@ class ConvDown(nn.Sequential):
     "A convolution with stride 2: DAT++."
     def __init__(self, dim, dim_out): super().__init__(nn.Conv2d(dim, dim_out, 3, 2, 1, bias=False), LayerNorm2d(dim_out))
 
-# %% ../nbs/21_dat.ipynb #18e35d0f
+# %% ../nbs/21_dat.ipynb #4f1d1559
 class BranchScale(nn.Module):
     "A trainable factor for each channel of what a branch adds: layer scale (Touvron et al. 2021)."
     def __init__(self,
@@ -118,7 +118,7 @@ class DATLayer(nn.Module):
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
-# %% ../nbs/21_dat.ipynb #6469d99d
+# %% ../nbs/21_dat.ipynb #46bd1671
 class Plan(NamedTuple):
     "What the attentions of a stage are made for."
     dim:int         # Channels of the map
@@ -148,7 +148,7 @@ def deformed(
 
 first_deformed = functools.partial(deformed, grid=FirstReleaseGrid)
 
-# %% ../nbs/21_dat.ipynb #0bd12509
+# %% ../nbs/21_dat.ipynb #a9eb100b
 class FirstRelease:
     "What DAT is made of: windows that stand still and move, and deformed keys in the last two stages."
     stem, down, mlp, lpu, scale = PatchStem, PatchDown, PixelMLP, nn.Identity, nn.Identity
@@ -159,7 +159,7 @@ class PlusPlus:
     stem, down, mlp, lpu, scale = ConvStem, ConvDown, ConvMLP, PlusAround, nn.Identity
     attns = (near, deformed), (near, deformed), (near, deformed), (deformed,)
 
-# %% ../nbs/21_dat.ipynb #2ff505bd
+# %% ../nbs/21_dat.ipynb #b7ee4fe7
 class DeformedLook(NamedTuple):
     "Where the keys of one layer were, and who attended to them."
     name:str       # The attention's name in the model, as 'stages.2.1.attn'
@@ -191,7 +191,7 @@ class DAT(HierarchicalModel):
             self.train(training)
         return looks
 
-# %% ../nbs/21_dat.ipynb #18b1f0bf
+# %% ../nbs/21_dat.ipynb #b4efafba
 def dat(
     dims=(64, 128, 256, 512),   # Channels of each stage
     depths=(2, 4, 18, 2),       # Layers of each stage
@@ -227,7 +227,7 @@ def dat(
     if stem_dim not in (None, dims[0]): stem.add_module('proj', nn.Conv2d(stem_dim, dims[0], 1))
     return DAT(stem, stages, [parts.down(*o) for o in zip(dims, dims[1:])], LayerNorm2d(dims[-1]), dims, steps, num_classes, in_chans, img_size=img_size, drop_rate=drop_rate)
 
-# %% ../nbs/21_dat.ipynb #16c24a2e
+# %% ../nbs/21_dat.ipynb #01902fb7
 _first = dict(parts=FirstRelease, depths=(2, 2, 18, 2), strides=(1, 1, 1, 1))
 _96 = dict(dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24))
 _128 = dict(dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32))
@@ -241,7 +241,7 @@ def dat_pp_small(**args): return dat(**_96 | dict(num_groups=(1, 2, 3, 6), drop_
 def dat_pp_base(**args): return dat(**_128 | dict(num_groups=(2, 4, 8, 16), drop_path_rate=.7) | args)
 def dat_pp_base_384(**args): return dat_pp_base(**dict(img_size=384, table_size=224, drop_path_rate=.6) | args)
 
-# %% ../nbs/21_dat.ipynb #edcfde31
+# %% ../nbs/21_dat.ipynb #82d723ae
 def _window_macs(m, x, y):
     (b, c, h, w), (wh, ww) = y.shape, m.window_size
     return 2 * b * (h + -h % wh) * (w + -w % ww) * wh * ww * c
@@ -254,7 +254,7 @@ def _deformed_macs(m, x, y):
 MACS.update({ShiftedWindowAttention: _window_macs, DeformedKeysAttention: _deformed_macs,
              NeighbourhoodAttention: lambda m, x, y: 2 * y.numel() * m.kernel_size**2})
 
-# %% ../nbs/21_dat.ipynb #45e203b5
+# %% ../nbs/21_dat.ipynb #fb16b484
 def show_attended(
     image,         # The picture that the model saw
     looks:list,    # From `DAT.look`
