@@ -55,7 +55,7 @@ def test_golden(name, case, parity):
     inputs, grads, gradw = f.part(f'input/{case}/'), f.part(f'grad/{case}/'), f.part(f'gradw/{case}/')
     leaves = {n: t.clone().requires_grad_(n in grads) for n, t in inputs.items()}
     outputs, params = system(**leaves), dict(system.model.named_parameters())
-    for n in f.part(f'output/{case}/'): f.check(f'output/{case}/{n}', outputs[n], parity, 'logits' if n == 'logits' else 'maps')
+    for n in f.part(f'output/{case}/'): f.check(f'output/{case}/{n}', outputs[n], parity, 'outputs' if n in ('logits', 'y') else 'maps of the stages')
     for n, t in inputs.items(): assert torch.equal(leaves[n], t), f'input {n} was changed'
     sum((outputs[n] * w).sum() for n, w in gradw.items()).backward()
     for n in grads: f.check(f'grad/{case}/{n}', leaves[n].grad if n in leaves else params[system.ours(n.removeprefix('state_dict/'))].grad, parity, 'gradients')
