@@ -90,14 +90,19 @@ def find_images(data) -> ImageSet:
     if isinstance(data, ImageSet): return data
     return digit_images() if str(data) == 'digits' else folder_images(data)
 
-# %% ../nbs/36_classify.ipynb #377997ed
+# %% ../nbs/36_classify.ipynb #9b4065d7
 AUGMENT = dict(
     none=dict(),
     writing=dict(do_flip=False, max_rotate=10, min_zoom=.9, max_zoom=1.1, max_warp=.1, max_lighting=0., pad_mode='border'),
     photos=dict(max_rotate=0., max_zoom=1., max_warp=0.))          # mirrored, lighter or darker; and a random part of it
 
-def picture_of(o:Labelled) -> PILImage: return PILImage.create(open_image(o.image))
-def label_of(o:Labelled) -> str: return o.label
+def picture_of(o:Labelled) -> PILImage:
+    "Its picture, upright, in three colours."
+    return PILImage.create(open_image(o.image))
+
+def label_of(o:Labelled) -> str:
+    "The name of its class."
+    return o.label
 
 def classify_dls(
     data='digits',     # Or a folder, or an `ImageSet`
@@ -304,8 +309,10 @@ def draw_answers(model, config, n:int=8):
     axes[0, 0].figure.suptitle(f'right and sure; right, but least sure; wrong, the surest first ({int((~right).sum())} of {len(right)} are)', color=INK, fontsize=10)
     return axes[0, 0].figure
 
-# %% ../nbs/36_classify.ipynb #27a63f31
-def spread(n:int, of:int): return np.linspace(0, of - 1, n + 2).astype(int)[1:-1]       # places in a list, evenly
+# %% ../nbs/36_classify.ipynb #ac0912e7
+def spread(n:int, of:int):
+    "`n` places in a list of `of`, evenly spread."
+    return np.linspace(0, of - 1, n + 2).astype(int)[1:-1]
 
 def unmoved(model, look, size) -> Tensor: # `k 2`
     "Where the keys of a layer stand without offsets, in an image of (h, w) pixels."
