@@ -352,7 +352,7 @@ class Stages(nn.Module):
         self.feature_info = FeatureInfo(dict(num_chs=c, reduction=s, module=f'stages.{i}') for i, (c, s) in enumerate(zip(dims, strides)))
     def set_grad_checkpointing(self, enable=True): self.grad_checkpointing = enable
     def no_weight_decay(self) -> set: return {n for n, _ in self.named_parameters() if n.rpartition('.')[2] in self.no_decay}
-    def run(self,
+    def walk(self,
         x:Tensor,  # `b c h w`
         take=(),   # Numbers of the stages whose maps are kept
         last=None, # Number of the stage after which to stop; None: the last of all
@@ -360,12 +360,12 @@ class Stages(nn.Module):
         check_shape('x', x, 'b c h w', c=self.in_chans)
         x, maps = self.stem(x), []
         for i, stage in enumerate(self.stages):
-            x = self.run_stage(stage, x)
+            x = self.walk_stage(stage, x)
             if i in take: maps.append(x)
             if i == (len(self.downs) if last is None else last): break
             x = self.downs[i](x)
         return x, maps
-    def run_stage(self, stage, x):
+    def walk_stage(self, stage, x):
         if not (self.grad_checkpointing and torch.is_grad_enabled()): return stage(x)
         for block in stage: x = checkpoint(block, x, use_reentrant=False)
         return x
@@ -408,7 +408,7 @@ class HierarchicalModel(Stages):
     def forward(self, x:Tensor) -> Tensor: # `b c h w` -> `b num_classes`
         return self.forward_head(self.forward_features(x))
     def forward_features(self, x): # `b c h w` -> `b c h w`, the last map after the norm
-        return self.norm(self.run(x)[0])
+        return self.norm(self.walk(x)[0])
     def forward_head(self, x, pre_logits=False): # `b c h w` -> `b num_classes`, or what the head would read
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
@@ -417,7 +417,7 @@ class HierarchicalModel(Stages):
         check(output_fmt == 'NCHW', 'output_fmt', repr(output_fmt), "'NCHW'")
         end, take = len(self.stages) - 1, take_indices(indices, len(self.stages))
         last = max(take, default=end) if stop_early else end
-        x, maps = self.run(x, take, last)
+        x, maps = self.walk(x, take, last)
         if last == end and (norm or not intermediates_only): x = self.norm(x)
         if norm and end in take: maps[-1] = x
         return maps if intermediates_only else (x, maps)
@@ -462,7 +462,7 @@ class FeatureMaps(Stages):
         self.config, self.report = getattr(model, 'config', None), getattr(model, 'report', None)
         self.grad_checkpointing = model.grad_checkpointing
     def forward(self, x): # `b c h w` -> list of `b c h w`
-        return self.run(x, self.out_indices)[1]
+        return self.walk(x, self.out_indices)[1]
     def _load_from_state_dict(self, state_dict, prefix, *args):
         unused = re.compile(re.escape(prefix) + r'(norm|head|stages\.(\d+)|downs\.(\d+))\.')
         stage = lambda m: int(m[2]) if m[2] else int(m[3]) + 1 if m[3] else len(self.stages)       # the first that needs it

@@ -90,14 +90,19 @@ def find_images(data) -> ImageSet:
     if isinstance(data, ImageSet): return data
     return digit_images() if str(data) == 'digits' else folder_images(data)
 
-# %% ../nbs/36_classify.ipynb #377997ed
+# %% ../nbs/36_classify.ipynb #9b4065d7
 AUGMENT = dict(
     none=dict(),
     writing=dict(do_flip=False, max_rotate=10, min_zoom=.9, max_zoom=1.1, max_warp=.1, max_lighting=0., pad_mode='border'),
     photos=dict(max_rotate=0., max_zoom=1., max_warp=0.))          # mirrored, lighter or darker; and a random part of it
 
-def picture_of(o:Labelled) -> PILImage: return PILImage.create(open_image(o.image))
-def label_of(o:Labelled) -> str: return o.label
+def picture_of(o:Labelled) -> PILImage:
+    "Its picture, upright, in three colours."
+    return PILImage.create(open_image(o.image))
+
+def label_of(o:Labelled) -> str:
+    "The name of its class."
+    return o.label
 
 def classify_dls(
     data='digits',     # Or a folder, or an `ImageSet`
@@ -203,7 +208,7 @@ class ImageLearner(Learner):
         "What is in one image; a file is turned upright. Raises `ArgumentError` for what is no image."
         with self.no_bar(): return super().predict(PILImage.create(open_image(image)), **kwargs)
 
-# %% ../nbs/36_classify.ipynb #19d508b7
+# %% ../nbs/36_classify.ipynb #b221c3ba
 _SMALL4 = dict(dims=(24, 48, 96, 144), depths=(2, 2, 4, 2))
 SMALL = dict(
     dat=('dat', dict(parts='FirstRelease', num_heads=(1, 2, 4, 6), num_groups=(1, 1, 2, 3), strides=(1, 1, 1, 1), kernel_sizes=(5, 5, 3, 3), window_size=4, **_SMALL4)),
@@ -225,7 +230,7 @@ def create_classifier(
 
 def image_learner(
     dls,                # `DataLoaders` of pictures and one class each: `classify_dls`, or fastai's own
-    model='dat',        # A name for `create_classifier`, or any module from `b c h w` to logits
+    model='dat_pp',     # A name for `create_classifier`, or any module from `b c h w` to logits
     pretrained=False,   # A file of weights to begin with, if the model is named
     drop_path:float=.1, # Share of paths that are dropped in training, if the model is named
     lr=1e-3,            # Rate
@@ -304,8 +309,10 @@ def draw_answers(model, config, n:int=8):
     axes[0, 0].figure.suptitle(f'right and sure; right, but least sure; wrong, the surest first ({int((~right).sum())} of {len(right)} are)', color=INK, fontsize=10)
     return axes[0, 0].figure
 
-# %% ../nbs/36_classify.ipynb #38386585
-def spread(n:int, of:int): return np.linspace(0, of - 1, n + 2).astype(int)[1:-1]       # places in a list, evenly
+# %% ../nbs/36_classify.ipynb #ac0912e7
+def spread(n:int, of:int):
+    "`n` places in a list of `of`, evenly spread."
+    return np.linspace(0, of - 1, n + 2).astype(int)[1:-1]
 
 def unmoved(model, look, size) -> Tensor: # `k 2`
     "Where the keys of a layer stand without offsets, in an image of (h, w) pixels."
@@ -315,11 +322,11 @@ def unmoved(model, look, size) -> Tensor: # `k 2`
     return still.flatten(0, 3) * torch.tensor([w * stride / size[1], h * stride / size[0]])
 
 @torch.no_grad()
-def draw_keys(model, config, n:int=4, layers:int=4):
-    "Where the keys of the last deformed layers went: a row per picture; returns the figure."
+def draw_keys(model, config, n:int=4):
+    "Where the keys of the last deformed layer of each stage went: a row per picture; returns the figure."
     found = some_answers(model, config)
     images = found.images[spread(n, len(found.images))]
-    looks = [o for o in model.look(images) if o.points.shape[2] > 1][-layers:]
+    looks = list({o.stage: o for o in model.look(images)}.values())
     axes = panels(1 + len(looks), n, 1.7).reshape(n, -1)
     for row, image in zip(axes, images): show_image(denormalise(image), row[0])
     for look, axs in zip(looks, axes.T[1:]):
@@ -327,7 +334,7 @@ def draw_keys(model, config, n:int=4, layers:int=4):
         axs[0].set_title(f'stage {look.stage + 1}, {look.size[1]} × {look.size[0]} pixels', color=INK, fontsize=8)
         for ax, image, points, weight in zip(axs, images, look.points, weights):
             show_image(denormalise(image) * .5 + .4, ax)
-            for g, o in enumerate(points): ax.plot(*torch.stack([still, o]).unbind(-1), color=COLOURS[1 + g], lw=.8)
+            for o in points: ax.plot(*torch.stack([still, o]).unbind(-1), color=COLOURS[1], lw=.8)
             show_points(None, points.flatten(0, 1), weight.flatten(), ax=ax, size=45, notes=False)
             ax.set(xlim=(0, 1), ylim=(1, 0))
     axes[0, 0].figure.suptitle('where the deformed keys went (lines: from where they stand without offsets; large and red: read most)', color=INK, fontsize=10)
@@ -379,9 +386,9 @@ def draw_windows(model, config, n:int=4):
     axes[0, 0].figure.suptitle(f'what one pixel (cross) reads in the first stage, {x.shape[3]} × {x.shape[2]} pixels (large and red: read most)', color=INK, fontsize=10)
     return axes[0, 0].figure
 
-# %% ../nbs/36_classify.ipynb #ba472bca
+# %% ../nbs/36_classify.ipynb #794e5350
 RECIPE = dict(
-    task='classify', model='dat', data='digits', size=64, augment='auto', pretrained='',
+    task='classify', model='dat_pp', data='digits', size=64, augment='auto', pretrained='',
     bs=64, epochs=12, seed=0, lr=2e-3, pct_start=0.2, div=25., moms=[0.9, 0.9, 0.9], sqr_mom=0.999, wd=0.05, clip=1., smooth=0.1, drop_path=0.05, opt='adamw', rates={},
     compile=False, backend='auto')
 
