@@ -9,14 +9,14 @@ __all__ = ['deformable_detr_official', 'two_stage_official', 'dab_deformable_off
            'dat_frame', 'BUFFERS', 'WEIGHTS', 'FACTORIES', 'PARTS', 'detr_words', 'dab_words', 'deformable_words',
            'SYSTEMS', 'version4', 'own_resnet', 'within', 'dat_official', 'dat_buffers', 'Line', 'parse_line', 'fill',
            'Entry', 'entries', 'layouts', 'to_layout', 'read_entry', 'Report', 'fold_names', 'fit_table', 'from_layout',
-           'fits', 'guess_layout', 'read_weights', 'Settings', 'read_json', 'save_weights', 'class_layers',
-           'start_classes', 'WeightsError', 'load_weights', 'defaults_of', 'create_detector', 'from_config',
-           'with_classes', 'System', 'words_of', 'from_transformers', 'to_transformers', 'save_pretrained',
-           'find_folder', 'load_pretrained', 'from_pretrained']
+           'fits', 'guess_layout', 'read_weights', 'read_json', 'save_weights', 'class_layers', 'start_classes',
+           'WeightsError', 'load_weights', 'defaults_of', 'create_detector', 'from_config', 'with_classes', 'System',
+           'words_of', 'from_transformers', 'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained',
+           'from_pretrained']
 
 # %% ../nbs/26_checkpoints.ipynb #e846360e
 import argparse, importlib, inspect, json, math, pickle, re
-from collections import Counter
+from collections import Counter, OrderedDict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -573,11 +573,9 @@ def read_weights(
     check(isinstance(found, dict) and found and all(isinstance(o, Tensor) for o in found.values()), 'path', str(path), "a file with a state dict, or with one under 'model'")
     return dict(found)
 
-class Settings(dict): "Stands for a dict of settings that official DAT keeps beside its weights, so that yacs need not be installed."
-
 def _read_pickle(path):
-    "What `torch.load` gives for weights only."
-    with torch.serialization.safe_globals([argparse.Namespace, (Settings, 'yacs.config.CfgNode')]): return torch.load(path, map_location='cpu', weights_only=True)
+    "What `torch.load` gives for weights only. Settings of official trainings may lie beside them; those of yacs are read as dicts, without yacs."
+    with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]): return torch.load(path, map_location='cpu', weights_only=True)
 
 def _read_safetensors(path):
     "The tensors, with those that the writer left out as copies."

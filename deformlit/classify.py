@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['AUGMENT', 'SMALL', 'RECIPE', 'LOW', 'HELP_RECIPE', 'Labelled', 'ImageSet', 'digit_images', 'class_files',
            'set_folders', 'folder_images', 'find_images', 'picture_of', 'label_of', 'classify_dls', 'smooth_loss_loop',
-           'depths_of', 'DepthSplitter', 'undecayed', 'ClassScores', 'ImageLearner', 'create_classifier',
-           'image_learner', 'prepare', 'Answers', 'some_answers', 'draw_curves', 'draw_answers', 'spread', 'unmoved',
-           'draw_keys', 'hook_inputs', 'window_reads', 'most_contrast', 'draw_windows', 'check_classify',
-           'Classification', 'option', 'main_classify', 'classify_image']
+           'depths_of', 'DepthSplitter', 'undecayed', 'ClassScores', 'spare_tables', 'ImageLearner',
+           'create_classifier', 'image_learner', 'prepare_image', 'Answers', 'some_answers', 'draw_curves',
+           'draw_answers', 'spread', 'unmoved', 'draw_keys', 'hook_inputs', 'window_reads', 'most_contrast',
+           'draw_windows', 'check_classify', 'Classification', 'option', 'main_classify', 'classify_image']
 
 # %% ../nbs/36_classify.ipynb #502bcbc3
 import contextlib, json, math, sys, warnings
@@ -132,13 +132,15 @@ def smooth_loss_loop(
         loss -= target * (o - math.log(total))
     return loss
 
-# %% ../nbs/36_classify.ipynb #5532944c
-def depths_of(model:nn.Module) -> list: # Lists of parameters, the head last
+# %% ../nbs/36_classify.ipynb #8cea0325
+def depths_of(model:nn.Module) -> dict: # {name: parameters}, the head last
     "Parameters from stem to head; of a model without our stages, body and head."
-    if any(isinstance(m, Stages) for m in model.modules()): return depth_splitter(model)
+    if any(isinstance(m, Stages) for m in model.modules()):
+        stem, *stages, head = depth_splitter(model)
+        return dict(stem=stem) | {f'stage {i}': o for i, o in enumerate(stages, 1)} | dict(head=head)
     head = getattr(model, 'get_classifier', lambda: None)()
     ids = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-    return [o for o in ([p for p in model.parameters() if id(p) not in ids], [p for p in model.parameters() if id(p) in ids]) if o]
+    return dict(body=[p for p in model.parameters() if id(p) not in ids], head=[p for p in model.parameters() if id(p) in ids])
 
 class DepthSplitter(Splitter):
     "The groups of a classifier, for fastai: by depth, and in each depth first the parts that are named."
@@ -147,12 +149,12 @@ class DepthSplitter(Splitter):
         self.parts = tuple(parts)
     def named(self, model) -> dict:
         names, groups = {id(p): name for name, p in plain_names(model)}, {}
-        for i, ps in enumerate(depths_of(model)):
+        for depth, ps in depths_of(model).items():
             mine = {part: [] for part in (*self.parts, '')}
             for p in ps:
                 words = names[id(p)].split('.')
                 if names[id(p)] in self.trainable: mine[next((o for o in self.parts if o in words), '')].append(p)
-            groups |= {f'depth {i} {part}'.rstrip(): o for part, o in mine.items() if o}
+            groups |= {f'{depth} {part}'.rstrip(): o for part, o in mine.items() if o}
         return groups
     def __repr__(self): return 'depth_splitter'
 
@@ -181,14 +183,19 @@ class ClassScores(Metric):
     @property
     def name(self): return 'accuracy'
 
-# %% ../nbs/36_classify.ipynb #d809efe1
+# %% ../nbs/36_classify.ipynb #8a089c5d
+def spare_tables(learn):
+    "Tell the optimizer of any learner, which is made if there is none, what `undecayed` finds in its model."
+    if learn.opt is None: learn.create_opt()
+    spared = undecayed(learn.model)
+    for p in spared: learn.opt.state[p]['do_wd'] = False              # how fastai's optimizers are told
+    if spared and isinstance(learn.opt, GroupOptimizer): learn.opt.spare(spared)
+
 class ImageLearner(Learner):
     "fastai's `Learner` for classifiers; tables do not decay, whichever optimizer is chosen."
     def create_opt(self):
         super().create_opt()
-        spared = undecayed(self.model)
-        for p in spared: self.opt.state[p]['do_wd'] = False           # how fastai's optimizers are told
-        if spared and isinstance(self.opt, GroupOptimizer): self.opt.spare(spared)
+        spare_tables(self)
     def predict(self,
         image,   # A path, a Pillow image or a uint8 array
         **kwargs # As for fastai's
@@ -244,8 +251,8 @@ def image_learner(
     return ImageLearner(dls, model, loss_func or CrossEntropyLossFlat(label_smoothing=smooth), lr=lr, wd=wd, opt_func=optimizer(opt_func) if isinstance(opt_func, str) else opt_func,
                         splitter=splitter, metrics=ClassScores(classes) if metrics is None else metrics, cbs=[*ours, *L(cbs)], **kwargs)
 
-# %% ../nbs/36_classify.ipynb #fed51c3a
-def prepare(image, size:int) -> Tensor: # `3 h w`
+# %% ../nbs/36_classify.ipynb #088e12ec
+def prepare_image(image, size:int) -> Tensor: # `3 h w`
     "One picture as `classify_dls` gives it to validation."
     return normalise(np.array(Resize(size)(PILImage.create(open_image(image)), split_idx=1)))
 
@@ -263,7 +270,7 @@ def some_answers(
     "What a model in eval mode says about validation images."
     items = find_images(config['data']).valid
     items = [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).astype(int))]
-    images = torch.stack([prepare(o.image, config['size']) for o in items])
+    images = torch.stack([prepare_image(o.image, config['size']) for o in items])
     probs = torch.cat([model(o).softmax(-1) for o in images.split(64)])
     return Answers(images, torch.tensor([config['vocab'].index(o.label) for o in items]), probs)
 
@@ -326,7 +333,7 @@ def draw_keys(model, config, n:int=4, layers:int=4):
     axes[0, 0].figure.suptitle('where the deformed keys went (lines: from where they stand without offsets; large and red: read most)', color=INK, fontsize=10)
     return axes[0, 0].figure
 
-# %% ../nbs/36_classify.ipynb #8a8cd177
+# %% ../nbs/36_classify.ipynb #c717f1d2
 @contextlib.contextmanager
 def hook_inputs(m:nn.Module):
     "Within the block what goes into a module is kept in a list."
@@ -344,8 +351,11 @@ def window_reads(m:MultiDilatedAttention, x:Tensor, at): # `b c h w`, pixel (col
     return (at[:, None, None] + steps + .5) / torch.tensor([w, h]), weights
 
 def most_contrast(images:Tensor, h:int, w:int): # `b 3 h w` -> `b 2`, (column, row) of a map
-    "Where a picture is least like its own mean."
-    flat = F.adaptive_avg_pool2d((images - images.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True), (h, w)).flatten(1).argmax(1)
+    "Where the middle half of a picture is least like the mean of all."
+    contrast = F.adaptive_avg_pool2d((images - images.mean((2, 3), keepdim=True)).abs().mean(1), (h, w))
+    inside = torch.zeros(h, w)
+    inside[h // 4:h - h // 4, w // 4:w - w // 4] = 1
+    flat = (contrast * inside).flatten(1).argmax(1)
     return torch.stack([flat % w, flat // w], 1)
 
 @torch.no_grad()
@@ -393,13 +403,13 @@ def check_classify(c:dict):
     check_numbers(c, RECIPE, LOW)
     check_recipe(c, c['rates'], ('smooth', 'drop_path', 'pct_start', 'sqr_mom'))
 
-# %% ../nbs/36_classify.ipynb #171873df
+# %% ../nbs/36_classify.ipynb #a7412019
 class Classification:
     "What runs of classifiers have of their own, for `deformlit-train --task classify`."
     out, what, defaults, help = 'runs/classify', 'Train an image classifier on digits or on a folder of images.', RECIPE, HELP_RECIPE
     def begin(self, given):
         c = self.with_options({**RECIPE, 'vocab': []}, given)
-        with option('--data'): images = find_images(c['data'])
+        with option('--data'): images = find_images(given.get('data', 'digits'))
         check(c['bs'] <= len(images.train), '--bs', c['bs'], f'at most {len(images.train)}, the number of images to train on')
         if c['pretrained']: check(Path(c['pretrained']).exists(), '--pretrained', c['pretrained'], 'a file of weights')
         return c | dict(vocab=images.vocab)
@@ -444,13 +454,13 @@ def main_classify(argv=None):
     "`deformlit-train --task classify`."
     return main_train(['--task', 'classify', *(sys.argv[1:] if argv is None else argv)])
 
-# %% ../nbs/36_classify.ipynb #125a0c2d
+# %% ../nbs/36_classify.ipynb #ee52dfc9
 def classify_image(
     model, config, # Of `load_run`
     image,         # Anything that `open_image` takes
     top:int=3,     # So many classes
 ) -> list:         # of (name, probability), the most probable first
     "What is in one image."
-    with torch.no_grad(): probs = model(prepare(image, config['size'])[None])[0].softmax(-1)
+    with torch.no_grad(): probs = model(prepare_image(image, config['size'])[None])[0].softmax(-1)
     best = probs.topk(min(top, len(probs)))
     return [(config['vocab'][i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]

@@ -7,7 +7,7 @@ __all__ = ['DepthwisePosition', 'NoPosition', 'GlobalAttention', 'DilateBlock', 
            'ConvDown', 'PatchDown', 'MeanDown3', 'MeanDown2', 'DilateFormer', 'dilateformer', 'dilateformer_tiny',
            'dilateformer_small', 'dilateformer_base']
 
-# %% ../nbs/22_dilateformer.ipynb #4f69e28d
+# %% ../nbs/22_dilateformer.ipynb #bea9016a
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from einops import rearrange
@@ -17,7 +17,7 @@ from .attend import *
 from .dilated import *
 from .backbones import *
 
-# %% ../nbs/22_dilateformer.ipynb #57d0b8f6
+# %% ../nbs/22_dilateformer.ipynb #8d19c6e0
 class DepthwisePosition(nn.Module):
     "Position from the surroundings: a map plus its depthwise 3x3 convolution."
     def __init__(self,
@@ -31,7 +31,7 @@ class NoPosition(nn.Identity):
     "Nothing is said of position."
     def __init__(self, dim:int): super().__init__()
 
-# %% ../nbs/22_dilateformer.ipynb #5b26a0fd
+# %% ../nbs/22_dilateformer.ipynb #7dae3fdc
 class GlobalAttention(nn.Module):
     "Each pixel of a map attends to all others."
     def __init__(self,
@@ -56,7 +56,7 @@ class GlobalAttention(nn.Module):
         return self.proj_drop(self.proj(rearrange(out, 'b n (h w) d -> b h w (n d)', h=x.shape[2]))).movedim(-1, 1)
     def extra_repr(self): return f'dim={self.dim}, num_heads={self.num_heads}'
 
-# %% ../nbs/22_dilateformer.ipynb #d414c61b
+# %% ../nbs/22_dilateformer.ipynb #b9de9348
 class DilateBlock(nn.Module):
     "Position, attention and MLP, each added to the map; norms stand before the last two."
     def __init__(self,
@@ -77,7 +77,7 @@ class DilateBlock(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-# %% ../nbs/22_dilateformer.ipynb #557db370
+# %% ../nbs/22_dilateformer.ipynb #0334266f
 def _conv_norm(ni, nf, ks, stride):
     "Convolution without bias, batch norm, GELU."
     return nn.Conv2d(ni, nf, ks, stride, ks // 2, bias=False), nn.BatchNorm2d(nf), nn.GELU()
@@ -96,7 +96,7 @@ class PatchStem(PatchConv):
     "Patches of 4x4 pixels, side by side."
     def __init__(self, in_chans:int, dim:int): super().__init__(in_chans, dim, 4)
 
-# %% ../nbs/22_dilateformer.ipynb #490401f5
+# %% ../nbs/22_dilateformer.ipynb #309101cb
 class ConvDown(nn.Sequential):
     "A 3x3 convolution of stride 2, and batch norm."
     def __init__(self, ni:int, nf:int): super().__init__(nn.Conv2d(ni, nf, 3, 2, 1), nn.BatchNorm2d(nf))
@@ -113,9 +113,9 @@ class MeanDown2(nn.Sequential):
     "Means over 2x2 pixels side by side, a 1x1 convolution, and batch norm."
     def __init__(self, ni:int, nf:int): super().__init__(nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(ni, nf, 1), nn.BatchNorm2d(nf))
 
-# %% ../nbs/22_dilateformer.ipynb #d88d753e
+# %% ../nbs/22_dilateformer.ipynb #24df9b78
 class DilateFormer(HierarchicalModel):
-    "Windows with gaps on the large maps, dense attention on the small ones: Jiao et al. 2023, figure 2."
+    "Windows with gaps on the large maps, dense attention on the small ones: Jiao et al. 2023."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for m in self.modules(): self.start(m)
@@ -130,7 +130,7 @@ class DilateFormer(HierarchicalModel):
 MACS[MultiDilatedAttention] = lambda m, x, y: 2 * m.kernel_size**2 * y.numel()
 MACS[GlobalAttention] = lambda m, x, y: 2 * y.shape[2] * y.shape[3] * y.numel()
 
-# %% ../nbs/22_dilateformer.ipynb #cff5812e
+# %% ../nbs/22_dilateformer.ipynb #59f6ef23
 def dilateformer(
     dims=(72, 144, 288, 576),           # Channels of each stage
     depths=(2, 2, 6, 2),                # Blocks of each stage
@@ -164,7 +164,7 @@ def dilateformer(
     for o, nf in zip(downs, dims[1:]): o.add_module('position', down_position(nf))
     return DilateFormer(stem(in_chans, dims[0]), stages, downs, LayerNorm2d(dims[-1], eps=1e-6), dims, [4 * 2**i for i in range(len(dims))], num_classes, in_chans, img_size, drop_rate, global_pool)
 
-# %% ../nbs/22_dilateformer.ipynb #1e086d89
+# %% ../nbs/22_dilateformer.ipynb #62801cd1
 def dilateformer_tiny(**kwargs) -> DilateFormer:
     "DilateFormer-T: 17.2 M parameters; arguments of `dilateformer`."
     return dilateformer(**dict(depths=(2, 2, 6, 2)) | kwargs)

@@ -15,6 +15,7 @@ from notebooks import root
 
 # a family and arguments that make a small model of it, four stages
 FAMILIES = dict(dilateformer=dict(dims=(12, 24, 48, 96), depths=(1, 1, 2, 1), num_heads=(3, 3, 6, 6)))
+TWO_STAGES = dict(dilateformer=dict(dims=(12, 24), depths=(1, 1), num_heads=(3, 3), dilated=(True, False)))      # where four would take long
 NAMED = dict(dilateformer='dilateformer_tiny')
 
 def small(family, seed=0, **kwargs):
@@ -188,18 +189,18 @@ def test_channels_last(family):
 
 @each
 def test_one_graph_for_all_sizes(family):
-    m = small(family).eval()
+    m = small(family, **TWO_STAGES[family]).eval()
     torch._dynamo.reset()
     graphs = []
     def count(graph, inputs): graphs.append(graph); return graph
     f = torch.compile(m, fullgraph=True, dynamic=True, backend=count)
-    for size in ((64, 64), (96, 40), (33, 70), (72, 104)):
+    for size in ((32, 32), (48, 20), (17, 35)):
         x = photos(2, 3, *size)
         with torch.no_grad(): assert_close(f(x), m(x), rtol=1e-4, atol=1e-5)
     assert len(graphs) <= 2, f'{len(graphs)} graphs'
     torch._dynamo.reset()
     f = torch.compile(m, fullgraph=True, backend='aot_eager')
-    x = photos(1, 3, 64, 64)
+    x = photos(1, 3, 32, 40)
     grads = [torch.autograd.grad(o(x).square().sum(), list(m.parameters())) for o in (m, f)]
     assert_close(*grads, rtol=1e-3, atol=1e-5)
 
@@ -263,8 +264,8 @@ def test_list_models():
 @each
 def test_arguments(family):
     assert small(family, drop_path_rate=.4).stages[-1][-1].drop_path.drop == pytest.approx(.4)
-    assert small(family, in_chans=1)(photos(1, 1, 32, 32)).shape == (1, 5)
-    assert small(family, num_classes=0)(photos(1, 3, 32, 32)).shape == (1, 96)
+    assert small(family, in_chans=1)(photos(2, 1, 32, 32)).shape == (2, 5)
+    assert small(family, num_classes=0)(photos(2, 3, 32, 32)).shape == (2, 96)
     assert small(family, drop_rate=.5).head_drop.p == .5
     for bad, words in ((dict(name='dilateformer_huge'), '`name`'), (dict(name=family, no_such=1), '`no_such`: expected an argument of'), (dict(name=family, out_indices=(1,)), '`out_indices`'), (dict(name=family, vocab=['a']), '`vocab`'),
                        (dict(name=family, num_classes=-1), '`num_classes`'), (dict(name=family, features_only=True, out_indices=(9,)), 'indices`'), (dict(name=NAMED[family], pretrained=True), 'github.com'), (dict(name=5), '`name`')):
@@ -324,7 +325,7 @@ def test_folder(family, tmp_path):
     with pytest.raises(ArgumentError, match='Detr|DETR|Detector'): Detector.from_pretrained(tmp_path/'m')
     config = json.loads((tmp_path/'m'/'config.json').read_text())
     assert config['architecture'] == family and params(from_config(config)) == params(m)
-    m.config = m.config | dict(num_classes=6)
+    m.config = m.config | dict(num_classes=6, vocab=None)
     with pytest.raises(ArgumentError, match='`config`'): m.save_pretrained(tmp_path/'n')
 
 # ---- timm and fastai, each in a process of its own
@@ -348,19 +349,18 @@ assert again.num_classes == 3 and again.norm.weight.equal(m.norm.weight) and aga
 try: timm.create_model('dilateformer_tiny', pretrained=True)
 except ValueError as e: assert 'github.com' in str(e)
 else: assert False
+from deformlit import *
+from deformlit.backbones import *
 print('ok')
 '''
 
-@pytest.mark.parametrize('imports', ['import timm, deformlit', 'import deformlit, timm', 'import deformlit.backbones, timm', 'import timm.models, timm\nfrom deformlit import create_model', 'from deformlit.core import *\nfrom timm.models import create_model\nimport timm'])
+@pytest.mark.parametrize('imports', ['import timm, deformlit', 'import deformlit, timm', 'from deformlit.backbones import *\nfrom timm.models import create_model\nimport timm'])
 def test_timm_in_both_orders(imports):
     assert fresh(f'import warnings; warnings.simplefilter("error", UserWarning)\n{imports}\n{USE}') == 'ok'
 
 def test_deformlit_does_not_import_timm():
     assert fresh('import sys, deformlit; print([o for o in sys.modules if o.split(".")[0] in ("timm", "torch")])') == '[]'
     assert fresh('import sys, deformlit; from deformlit import create_model, list_models; print([o for o in sys.modules if o.split(".")[0] == "timm"], len(list_models()))') == '[] 11'
-
-def test_star_imports_after_timm():
-    assert fresh('import timm, deformlit\nfrom deformlit import *\nfrom deformlit.backbones import *\nprint("ok")') == 'ok'
 
 def test_timm_that_changed_is_only_a_warning():
     code = 'import deformlit, deformlit.backbones as b, warnings\ndef no(): raise RuntimeError("changed")\nb.tell_timm = no\nwith warnings.catch_warnings(record=True) as w:\n    warnings.simplefilter("always"); import timm\nprint(any("changed" in str(o.message) for o in w), timm.is_model("resnet18"))'
