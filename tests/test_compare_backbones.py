@@ -314,7 +314,7 @@ def calls(monkeypatch, tmp_path):
 def test_command(calls, tmp_path, capsys):
     out = tmp_path/'out'
     C.main(['--models', 'dat', 'resnet', '--out', str(out), '--minutes', '1', '--threads', '2'])
-    assert [o['model'] for o in calls] == ['dat', 'resnet'] and calls[0]['seconds'] == 60 and calls[0]['valid'] == 2000 and set(C.read(out/C.FILE)) == {'dat', 'resnet'}
+    assert [o['model'] for o in calls] == ['dat', 'resnet'] and calls[0]['seconds'] == 60 and calls[0]['valid'] == 2000 and calls[0]['tested'] == 10_000 and set(C.read(out/C.FILE)) == {'dat', 'resnet'}
     assert set(Backbones(folder=out).runs) == {'dat', 'resnet'}
     calls.clear()
     C.main(['--missing', '--models', 'dat', 'vit', '--out', str(out)])
@@ -342,4 +342,4 @@ def test_it_trains(tmp_path):
     r = subprocess.run([sys.executable, C.__file__, '--models', 'vit', 'resnet', '--minutes', '.05', '--threads', '1', '--out', str(tmp_path)], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     c = Backbones(folder=tmp_path)
-    assert set(c.runs) == {'vit', 'resnet'} and len(c.seen['layers']) == 9 and all((tmp_path/o/'model.safetensors').exists() for o in c.runs)
+    assert set(c.runs) == {'vit', 'resnet'} and len(c.seen()['layers']) == 9 and all(o.metrics['tested'] == 200 for o in c.runs.values()) and all((tmp_path/o/'model.safetensors').exists() for o in c.runs)

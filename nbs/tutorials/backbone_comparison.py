@@ -48,7 +48,7 @@ class Backbones(Compared):
         for ax, what in zip(axes, ('images seen', 'minutes')): ax.set(xlabel=what, ylabel=column.replace('_', ' '), xlim=(0, None))
         n = next(iter(self.runs.values())).config['images']
         above = axes[0].secondary_xaxis('top', functions=(lambda x: x / n, lambda x: x * n))
-        above.set_xlabel('epochs', color=INK); above.tick_params(color=INK, labelcolor=INK)
+        above.set_xlabel('epochs', color=INK); above.spines['top'].set_color(INK); above.tick_params(color=INK, labelcolor=INK)
         axes[1].legend(labelcolor=INK, frameon=False, fontsize=8)
 
     def buys(self, column='accuracy'): return super().buys(column)

@@ -21,7 +21,7 @@ from compare_detectors import FILE, machine, note, process, read, root, rounded
 here = Path(__file__).resolve().parent
 RECIPE = dict(size=64, bs=64, lr=1e-3, div=25., pct_start=.1, wd=.05, clip=1., seed=0)      # for all
 PARTS = 10                                                                        # at most; so many points has a curve
-VALID = dict(cpu=2000, cuda=10_000)                                               # images that give a point of a curve; the last figure is always of all 10,000
+VALID, TESTED, GLANCE = dict(cpu=2000, cuda=10_000), 10_000, 200                  # test images for a point of a curve; for the last figure; for both, if there is less than a minute
 HIERARCHY = dict(img_size=RECIPE['size'], drop_path_rate=0.)
 DILATE = dict(name='dilateformer', dims=(30, 60, 120, 240), depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), **HIERARCHY)
 FORMS = dict(                                                                     # what makes a model, and what it is told
@@ -63,7 +63,8 @@ def work(job:dict):
 def train(model:str, a):
     "Measure, plan, train."
     print(f'\n{model}', flush=True)
-    work(dict(what='train', model=model, device=a.device, threads=a.threads, seconds=a.minutes * 60, archive=str(a.archive), valid=VALID[a.device], out=str(a.out/model)))
+    valid, tested = (VALID[a.device], TESTED) if a.minutes >= 1 else (GLANCE, GLANCE)
+    work(dict(what='train', model=model, device=a.device, threads=a.threads, seconds=a.minutes * 60, archive=str(a.archive), valid=valid, tested=tested, out=str(a.out/model)))
     speed = read(a.out/model/'metrics.json')['speed']
     note(a.out, model, 'run', dict(date=time.strftime('%Y-%m-%d %H:%M'), minutes=a.minutes, device=a.device, threads=a.threads, machine=machine(a.device), speed=speed))
 

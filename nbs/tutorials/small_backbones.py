@@ -114,7 +114,7 @@ def cycle(learn, parts:int, cbs=(), recipe=RECIPE):
 
 def measure(model, train, valid, vocab, seconds:float, recipe=RECIPE) -> dict:
     "Images per second: in training, and when only tested."
-    few = tuple(o[:1000] for o in valid)
+    few = tuple(o[:250] for o in valid)
     learn, watch = learner(model, train, few, vocab, 10**6, recipe), Stopwatch(seconds)
     cycle(learn, 1, [watch], recipe)
     learn.validate()
@@ -308,7 +308,7 @@ def write(file:Path, o):
     part.write_text(text + '\n', encoding='utf-8')
     part.replace(file)
 
-def train(model, device, threads, seconds, archive, valid, out):
+def train(model, device, threads, seconds, archive, valid, tested, out):
     "Measure, plan, train, and write what came out."
     from safetensors.torch import save_file
     data, out = read_images(archive), Path(out)
@@ -320,9 +320,9 @@ def train(model, device, threads, seconds, archive, valid, out):
     torch.manual_seed(RECIPE['seed'])
     m = build(model)
     learn, history, times = fit(m, images['train'], curve, vocab, **length)
-    accuracy = learn.validate(dl=Batches(*images['test'], vocab, 250, RECIPE['size']))[1]
-    metrics = dict(accuracy=float(accuracy), tested=len(images['test'][0]), seconds=times[-1], times=times, parameters=parameters(m), threads=torch.get_num_threads(), torch=torch.__version__, speed=rounded(found), history=history)
-    if model in DENSE: metrics['reach'] = measure_reach(m, first_of_each(*images['test'], 200)[0], RECIPE['size'])
+    accuracy = learn.validate(dl=Batches(*first_of_each(*images['test'], tested), vocab, 250, RECIPE['size']))[1]
+    metrics = dict(accuracy=float(accuracy), tested=tested, seconds=times[-1], times=times, parameters=parameters(m), threads=torch.get_num_threads(), torch=torch.__version__, speed=rounded(found), history=history)
+    if model in DENSE: metrics['reach'] = measure_reach(m, first_of_each(*images['test'], min(tested, 200))[0], RECIPE['size'])
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in m.state_dict().items()}, out/'model.safetensors')
     write(out/'metrics.json', digits(metrics, 6))
