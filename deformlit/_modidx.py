@@ -638,6 +638,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._Parts': ('deform_conv.html#_parts', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._auto': ('deform_conv.html#_auto', 'deformlit/deform_conv.py'),
+                                       'deformlit.deform_conv._back': ('deform_conv.html#_back', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._bags': ('deform_conv.html#_bags', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._between': ('deform_conv.html#_between', 'deformlit/deform_conv.py'),
                                        'deformlit.deform_conv._check_deform': ( 'deform_conv.html#_check_deform',
