@@ -1683,6 +1683,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'deformlit.windows.WindowTable.index': ('windows.html#windowtable.index', 'deformlit/windows.py'),
                                    'deformlit.windows.WindowTable.reset_parameters': ( 'windows.html#windowtable.reset_parameters',
                                                                                        'deformlit/windows.py'),
+                                   'deformlit.windows._attend_blocks': ('windows.html#_attend_blocks', 'deformlit/windows.py'),
                                    'deformlit.windows._check_heads': ('windows.html#_check_heads', 'deformlit/windows.py'),
                                    'deformlit.windows._compiled': ('windows.html#_compiled', 'deformlit/windows.py'),
                                    'deformlit.windows._lookup': ('windows.html#_lookup', 'deformlit/windows.py'),
