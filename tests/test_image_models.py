@@ -14,9 +14,10 @@ from deformlit.dab_detr import *
 from notebooks import root
 
 # a family and arguments that make a small model of it, four stages
-FAMILIES = dict(dilateformer=dict(dims=(12, 24, 48, 96), depths=(1, 1, 2, 1), num_heads=(3, 3, 6, 6)))
+FAMILIES = dict(dilateformer=dict(dims=(12, 24, 48, 96), depths=(1, 1, 2, 1), num_heads=(3, 3, 6, 6)),
+                dat=dict(dims=(12, 24, 48, 96), depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 4), num_groups=(1, 1, 2, 2), img_size=64))
 TWO_STAGES = dict(dilateformer=dict(dims=(12, 24), depths=(1, 1), num_heads=(3, 3), dilated=(True, False)))      # where four would take long
-NAMED = dict(dilateformer='dilateformer_tiny')
+NAMED = dict(dilateformer='dilateformer_tiny', dat='dat_tiny')
 
 def small(family, seed=0, **kwargs):
     torch.manual_seed(seed)
@@ -189,7 +190,7 @@ def test_channels_last(family):
 
 @each
 def test_one_graph_for_all_sizes(family):
-    m = small(family, **TWO_STAGES[family]).eval()
+    m = small(family, **TWO_STAGES.get(family, {})).eval()
     torch._dynamo.reset()
     graphs = []
     def count(graph, inputs): graphs.append(graph); return graph
