@@ -143,8 +143,8 @@ def dilateformer(
     qkv_bias:bool=True,                 # Biases for queries, keys and values?
     padding:float=0.,                   # Logit of keys outside the map; `-math.inf` masks them
     drop_rate:float=0.,                 # Dropout before the head
-    proj_drop_rate:float=0.,            # Dropout after attention and in the MLP
-    attn_drop_rate:float=0.,            # Dropout of weights of attention
+    proj_drop:float=0.,                 # Dropout after attention and in the MLP
+    attn_drop:float=0.,                 # Dropout of weights of attention
     drop_path_rate:float=0.1,           # Probability with which branches of the last block are left out
     stem=OverlappingStem,               # Called with `in_chans` and `dims[0]`; stride 4
     down=ConvDown,                      # Called with the channels before and after; stride 2
@@ -154,12 +154,12 @@ def dilateformer(
 ) -> DilateFormer:
     "A DilateFormer of any size; the defaults are DilateFormer-T. Raises `ArgumentError`."
     for name, given in dict(depths=depths, num_heads=num_heads, dilated=dilated).items(): check(len(given) == len(dims), name, given, f'{len(dims)} entries, one for each stage of dims={tuple(dims)}')
-    drops, windows = (attn_drop_rate, proj_drop_rate), (kernel_size, tuple(dilations), qkv_bias)
+    drops, windows = (attn_drop, proj_drop), (kernel_size, tuple(dilations), qkv_bias)
     def attn(i): return MultiDilatedAttention(dims[i], num_heads[i], *windows, *drops, padding) if dilated[i] else GlobalAttention(dims[i], num_heads[i], qkv_bias, *drops)
     total, stages = sum(depths), []
     for i, depth in enumerate(depths):
         rates = [drop_path_rate * (sum(depths[:i]) + j) / max(total - 1, 1) for j in range(depth)]
-        stages.append(nn.Sequential(*[DilateBlock(dims[i], attn(i), mlp_ratio, proj_drop_rate, rate, position) for rate in rates]))
+        stages.append(nn.Sequential(*[DilateBlock(dims[i], attn(i), mlp_ratio, proj_drop, rate, position) for rate in rates]))
     downs = [down(ni, nf) for ni, nf in zip(dims, dims[1:])]
     for o, nf in zip(downs, dims[1:]): o.add_module('position', down_position(nf))
     return DilateFormer(stem(in_chans, dims[0]), stages, downs, LayerNorm2d(dims[-1], eps=1e-6), dims, [4 * 2**i for i in range(len(dims))], num_classes, in_chans, img_size, drop_rate, global_pool)

@@ -41,7 +41,7 @@ def test_masked_windows():
     assert all(b.attn.padding == -math.inf for b in m.stages[0]) and m.eval()(x(1, 3, 5, 5)).isfinite().all()
 
 def test_drop_rates():
-    m = dilateformer(depths=(2, 3), dims=(12, 24), num_heads=(3, 3), dilated=(True, False), drop_path_rate=.4, drop_rate=.1, proj_drop_rate=.2, attn_drop_rate=.3)
+    m = dilateformer(depths=(2, 3), dims=(12, 24), num_heads=(3, 3), dilated=(True, False), drop_path_rate=.4, drop_rate=.1, proj_drop=.2, attn_drop=.3)
     assert [round(b.drop_path.drop, 6) for s in m.stages for b in s] == [0, .1, .2, .3, .4] and m.head_drop.p == .1
     assert all(b.mlp.drop.p == b.attn.proj_drop.p == .2 and b.attn.attn_drop == .3 for s in m.stages for b in s)
     assert m(x(2, 3, 32, 32)).isfinite().all()

@@ -14,9 +14,10 @@ from deformlit.dab_detr import *
 from notebooks import root
 
 # a family and arguments that make a small model of it, four stages
-FAMILIES = dict(dilateformer=dict(dims=(12, 24, 48, 96), depths=(1, 1, 2, 1), num_heads=(3, 3, 6, 6)))
-TWO_STAGES = dict(dilateformer=dict(dims=(12, 24), depths=(1, 1), num_heads=(3, 3), dilated=(True, False)))      # where four would take long
-NAMED = dict(dilateformer='dilateformer_tiny')
+FAMILIES = dict(dilateformer=dict(dims=(12, 24, 48, 96), depths=(1, 1, 2, 1), num_heads=(3, 3, 6, 6)),
+                dat=dict(dims=(12, 24, 48, 96), depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 4), num_groups=(1, 1, 2, 2), img_size=64))
+TWO_STAGES = dict(dilateformer=dict(dims=(12, 24), depths=(1, 1), num_heads=(3, 3), dilated=(True, False)))      # where four would take long (DAT is compiled in tests of its own)
+NAMED = dict(dilateformer='dilateformer_tiny', dat='dat_tiny')
 
 def small(family, seed=0, **kwargs):
     torch.manual_seed(seed)
@@ -187,7 +188,7 @@ def test_channels_last(family):
         want = m(x)
         assert_close(m.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-5)
 
-@each
+@pytest.mark.parametrize('family', TWO_STAGES)
 def test_one_graph_for_all_sizes(family):
     m = small(family, **TWO_STAGES[family]).eval()
     torch._dynamo.reset()
