@@ -132,10 +132,18 @@ class Plan(NamedTuple):
     proj_drop:float # Share of outputs set to zero in training
     def drops(self): return dict(attn_drop=self.attn_drop, proj_drop=self.proj_drop)
 
-def local(p): return WindowAttention(p.dim, p.window_size, p.num_heads, **p.drops())
-def shifted(p): return ShiftedWindowAttention(p.dim, p.window_size, p.num_heads, dat_shift(p.window_size), **p.drops())
-def near(p, kernel_size=None): return NeighbourhoodAttention(p.dim, kernel_size or p.window_size, p.num_heads, **p.drops())
-def interpolated(p): return InterpolatedBias(p.num_heads, p.size)
+def local(p:Plan):
+    "Windows that stand still."
+    return WindowAttention(p.dim, p.window_size, p.num_heads, **p.drops())
+def shifted(p:Plan):
+    "Windows moved by half of them, rounded up."
+    return ShiftedWindowAttention(p.dim, p.window_size, p.num_heads, dat_shift(p.window_size), **p.drops())
+def near(p:Plan, kernel_size=None):
+    "The nearest pixels, as many along a side as a window has, or `kernel_size`."
+    return NeighbourhoodAttention(p.dim, kernel_size or p.window_size, p.num_heads, **p.drops())
+def interpolated(p:Plan):
+    "A table of relative bias for the plan's map."
+    return InterpolatedBias(p.num_heads, p.size)
 
 def deformed(
     p:Plan,
@@ -232,14 +240,30 @@ _first = dict(parts=FirstRelease, depths=(2, 2, 18, 2), strides=(1, 1, 1, 1))
 _96 = dict(dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24))
 _128 = dict(dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32))
 
-def dat_tiny(**args): return dat(**_96 | _first | dict(depths=(2, 2, 6, 2), num_groups=(1, 1, 3, 6)) | args)
-def dat_small(**args): return dat(**_96 | _first | dict(num_groups=(1, 1, 3, 6), drop_path_rate=.3) | args)
-def dat_base(**args): return dat(**_128 | _first | dict(num_groups=(1, 1, 4, 8), drop_path_rate=.5) | args)
-def dat_base_384(**args): return dat_base(**dict(img_size=384, window_size=12) | args)
-def dat_pp_tiny(**args): return dat(**args)
-def dat_pp_small(**args): return dat(**_96 | dict(num_groups=(1, 2, 3, 6), drop_path_rate=.4) | args)
-def dat_pp_base(**args): return dat(**_128 | dict(num_groups=(2, 4, 8, 16), drop_path_rate=.7) | args)
-def dat_pp_base_384(**args): return dat_pp_base(**dict(img_size=384, table_size=224, drop_path_rate=.6) | args)
+def dat_tiny(**args):
+    "DAT-T, 28.3 M parameters. Arguments as for `dat`."
+    return dat(**_96 | _first | dict(depths=(2, 2, 6, 2), num_groups=(1, 1, 3, 6)) | args)
+def dat_small(**args):
+    "DAT-S, 49.7 M parameters. Arguments as for `dat`."
+    return dat(**_96 | _first | dict(num_groups=(1, 1, 3, 6), drop_path_rate=.3) | args)
+def dat_base(**args):
+    "DAT-B, 87.9 M parameters. Arguments as for `dat`."
+    return dat(**_128 | _first | dict(num_groups=(1, 1, 4, 8), drop_path_rate=.5) | args)
+def dat_base_384(**args):
+    "DAT-B for images of 384, 88.2 M parameters. Arguments as for `dat`."
+    return dat_base(**dict(img_size=384, window_size=12) | args)
+def dat_pp_tiny(**args):
+    "DAT-T++, 24.0 M parameters. Arguments as for `dat`."
+    return dat(**args)
+def dat_pp_small(**args):
+    "DAT-S++, 53.1 M parameters. Arguments as for `dat`."
+    return dat(**_96 | dict(num_groups=(1, 2, 3, 6), drop_path_rate=.4) | args)
+def dat_pp_base(**args):
+    "DAT-B++, 93.7 M parameters. Arguments as for `dat`."
+    return dat(**_128 | dict(num_groups=(2, 4, 8, 16), drop_path_rate=.7) | args)
+def dat_pp_base_384(**args):
+    "DAT-B++ for images of 384, 93.7 M parameters. Arguments as for `dat`."
+    return dat_pp_base(**dict(img_size=384, table_size=224, drop_path_rate=.6) | args)
 
 # %% ../nbs/21_dat.ipynb #cf35787e
 def _window_macs(m, x, y):
