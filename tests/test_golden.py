@@ -55,15 +55,15 @@ class Fixture:
         state = self.part('state_dict/')
         state |= {missing: state[stored] for missing, stored in (self.meta.get('tied') or {}).items()}
         return {n: t.float() if t.dtype == torch.float16 else t for n, t in state.items()}
-    def check(self, name, got, parity=None, what='', mask=None):
-        "Compare with the file's tensor, and tell `parity` if it is given; `mask` is True where a value counts."
+    def check(self, name, got, parity, what, mask=None):
+        "Compare with the file's tensor and tell `parity`; `mask` is True where a value counts."
         want = self.tensors[name]
         assert got is not None, f'{name}: we have none'
         assert got.shape == want.shape, f'{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}'
         assert got.dtype == want.dtype, f'{name}: {got.dtype}, expected {want.dtype}'
         if not want.is_floating_point():
             assert torch.equal(got, want), f'{name} differs'
-            return parity and parity.record(NAMES[self.kind], 'official files', what, 0, 0, numbers=want.numel())
+            return parity.record(NAMES[self.kind], 'official files', what, 0, 0, numbers=want.numel())
         e, m = self.noise.get(name) or (0., want.abs().max().item())
         limit = 1e-12 if self.meta['dtype'] == 'float64' else max(20 * e, 2e-5 * m, 1e-6)
         assert got.isfinite().all(), f'{name}: not finite'
@@ -71,7 +71,7 @@ class Fixture:
         if mask is not None: diff = diff[mask.expand_as(diff)]
         worst = diff.max().item() if diff.numel() else 0.
         assert worst <= limit, f'{name}: differs by {worst:.3g}, allowed {limit:.3g}'
-        if parity: parity.record(NAMES[self.kind], 'official files', what, worst, limit, m, numbers=want.numel())
+        parity.record(NAMES[self.kind], 'official files', what, worst, limit, m, numbers=want.numel())
 
 def kind(system, config):
     "The official system, with the variant where one class holds several of ours."
@@ -384,6 +384,7 @@ SYSTEMS = {'ms_deform_attn_core_pytorch': Op, 'MSDeformAttn': Module, 'Deformabl
 NAMES = {'ms_deform_attn_core_pytorch': 'deformable attention', 'MSDeformAttn': 'deformable attention', 'DETR': 'DETR', 'DeformableDETR': 'Deformable DETR', 'DeformableDETR two_stage': 'two-stage Deformable DETR',
          'DABDETR': 'DAB-DETR', 'DABDeformableDETR': 'DAB-Deformable-DETR', 'criterion softmax': 'softmax set loss', 'criterion focal': 'focal set loss', 'criterion DAB': "DAB-DETR's set loss",
          'Dilateformer': 'DilateFormer', 'DilateBlock': 'DilateFormer', 'GlobalBlock': 'DilateFormer',
+         'DAttentionBaseline': 'deformed keys', 'LocalAttention': 'windows', 'ShiftWindowAttention': 'windows', 'NeighborhoodAttention2D': 'windows', 'DilateAttention': 'dilated windows', 'MultiDilatelocalAttention': 'dilated windows',
          'DAT': 'DAT', 'TransformerMLP': 'DAT', 'TransformerMLPWithConv': 'DAT'}     # on the page
 PARTS = [('backbone.', 'backbone maps and masks'), ('pos', 'position encodings'), ('memory', 'encoder'), ('hs', 'decoder states, all layers'), ('aux_outputs.', 'outputs of the earlier layers'), ('pred_', 'outputs'),
          ('enc_', 'proposals'), ('indices.', 'matched indices'), ('losses.', 'losses'), ('total', 'losses'), ('postprocess.', 'detections')]
