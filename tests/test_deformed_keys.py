@@ -106,7 +106,7 @@ def test_forms_agree(kw, want):
     for a, b in zip(torch.autograd.grad(grid, (T, at), weight, retain_graph=True), torch.autograd.grad(ours, (T, at), weight, retain_graph=True)): assert_close(a, b)
 
 @pytest.mark.parametrize('kw, want', CASES)
-@pytest.mark.parametrize('way', ['eager', 'compiled'])
+@pytest.mark.parametrize('way', ['eager', pytest.param('compiled', marks=pytest.mark.slow)])
 def test_ways(kw, want, way):
     if way == 'compiled' and (needs_compiler() or want == 0): pytest.skip(needs_compiler() or 'one form with taps is enough here')
     q, k, v, T, at, start, step, size, taps = case(**kw)

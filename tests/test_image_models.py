@@ -188,6 +188,7 @@ def test_channels_last(family):
         want = m(x)
         assert_close(m.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-5)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', TWO_STAGES)
 def test_one_graph_for_all_sizes(family):
     m = small(family, **TWO_STAGES[family]).eval()

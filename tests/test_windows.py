@@ -128,6 +128,7 @@ def test_module(make):
     m = m.to(torch.bfloat16)
     assert_close(m(x.to(torch.bfloat16)).float(), want, rtol=.1, atol=.05)
 
+@pytest.mark.slow
 @each
 def test_traced_once_for_all_sizes(make):
     m = make()
