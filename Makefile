@@ -2,7 +2,7 @@
 #   make PYTHON=/path/to/python3.12 ...   chooses the Python     make train ARGS="--epochs 1"   passes arguments on
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train compare test test-all test-sanitize parity bench docs lab outputs readme clean
+.PHONY: help train compare compare-backbones test test-all test-sanitize parity bench docs lab outputs readme clean
 
 PYTHON ?=
 ARGS ?=
@@ -15,7 +15,7 @@ ALL := .venv/ready-all
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):[^#]*## *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
 
 train: $(RUN) ## train a detector on DigitScenes; pictures and numbers go to runs/digits/
 	$(BIN)/deformlit-train $(ARGS)
@@ -32,6 +32,11 @@ test-sanitize: $(ALL) ## run the fuzz tests on a build of the native ops that ch
 compare: $(ALL) ## train six detectors for 8 minutes each, and make the page of it (ARGS="--minutes 1": a glance)
 	$(BIN)/python nbs/tutorials/compare_detectors.py $(ARGS)
 	$(BIN)/python tests/notebooks.py tutorials/compare_detectors
+	$(BIN)/nbdev-clean
+
+compare-backbones: $(ALL) ## train seven backbones on CIFAR-10 for 6 minutes each, and make the page of it (ARGS="--minutes 1": a glance)
+	$(BIN)/python nbs/tutorials/compare_backbones.py $(ARGS)
+	$(BIN)/python tests/notebooks.py tutorials/compare_backbones
 	$(BIN)/nbdev-clean
 
 parity: $(ALL) ## compare again with official numbers and transformers into runs/parity/ and the page made from it

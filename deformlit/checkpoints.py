@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['deformable_detr_official', 'two_stage_official', 'dab_deformable_official', 'detr_official', 'dab_detr_official',
-           'deformable_detr_transformers', 'two_stage_transformers', 'detr_transformers', 'dab_detr_transformers',
-           'resnet_transformers', 'msda_official', 'TABLES', 'LEFTOVERS', 'WEIGHTS', 'FACTORIES', 'PARTS', 'detr_words',
-           'dab_words', 'deformable_words', 'SYSTEMS', 'version4', 'own_resnet', 'Line', 'parse_line', 'fill', 'Entry',
-           'entries', 'layouts', 'to_layout', 'read_entry', 'Report', 'fold_names', 'from_layout', 'fits',
-           'guess_layout', 'read_weights', 'read_json', 'save_weights', 'class_layers', 'start_classes', 'WeightsError',
-           'load_weights', 'defaults_of', 'create_detector', 'from_config', 'with_classes', 'System', 'words_of',
-           'from_transformers', 'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained',
+           'dilateformer_official', 'deformable_detr_transformers', 'two_stage_transformers', 'detr_transformers',
+           'dab_detr_transformers', 'resnet_transformers', 'msda_official', 'TABLES', 'LEFTOVERS', 'dat_blocks',
+           'dat_frame', 'BUFFERS', 'WEIGHTS', 'FACTORIES', 'PARTS', 'detr_words', 'dab_words', 'deformable_words',
+           'SYSTEMS', 'version4', 'own_resnet', 'within', 'dat_official', 'dat_buffers', 'Line', 'parse_line', 'fill',
+           'Entry', 'entries', 'layouts', 'to_layout', 'read_entry', 'Report', 'fold_names', 'fit_table', 'from_layout',
+           'fits', 'guess_layout', 'read_weights', 'read_json', 'save_weights', 'class_layers', 'start_classes',
+           'WeightsError', 'load_weights', 'defaults_of', 'create_detector', 'from_config', 'with_classes', 'System',
+           'words_of', 'from_transformers', 'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained',
            'from_pretrained']
 
 # %% ../nbs/26_checkpoints.ipynb #e846360e
 import argparse, importlib, inspect, json, math, pickle, re
-from collections import Counter
+from collections import Counter, OrderedDict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,11 @@ from .backbones import *
 from .detr import *
 from .deformable_detr import *
 from .dab_detr import *
+from .relative_bias import InterpolatedBias
+from .windows import *
+from .deformed_keys import DeformedKeysAttention
+from .dat import *
+from .dilateformer import *
 
 # %% ../nbs/26_checkpoints.ipynb #db976829
 deformable_detr_official = '''
@@ -154,6 +160,20 @@ heads.boxes.mlp.{j}.{p}                       bbox_embed.layers.{j/2}.{p}
 heads.steps.mlp.{j}.{p}                       bbox_embed.layers.{j/2}.{p} = transformer.decoder.bbox_embed.layers.{j/2}.{p}
 heads.boxes.mlps.{i}.{j}.{p}                  bbox_embed.{i}.layers.{j/2}.{p}
 heads.steps.mlps.{i}.{j}.{p}                  bbox_embed.{i}.layers.{j/2}.{p} = transformer.decoder.bbox_embed.{i}.layers.{j/2}.{p}
+'''
+
+# %% ../nbs/26_checkpoints.ipynb #6383fe5f
+dilateformer_official = '''
+stem.{j}.{p}                                  patch_embed.proj.{j}.{p}
+stem.{p}                                      patch_embed.proj.{p}
+stages.{i}.{d}.position.conv.{p}              stages.{i}.blocks.{d}.pos_embed.{p}
+stages.{i}.{d}.norm{k}.{p}                    stages.{i}.blocks.{d}.norm{k}.{p}
+stages.{i}.{d}.attn.{o}.{p}                   stages.{i}.blocks.{d}.attn.{o}.{p}
+stages.{i}.{d}.mlp.fc{k}.{p}                  stages.{i}.blocks.{d}.mlp.fc{k}.{p}
+downs.{i}.position.conv.{p}                   stages.{i}.downsample.pos_embed.{p}
+downs.{i}.{j}.{p}                             stages.{i}.downsample.proj.{j}.{p}
+norm.{p}                                      norm.{p}
+head.{p}                                      head.{p}
 '''
 
 # %% ../nbs/26_checkpoints.ipynb #cca8ff50
@@ -293,7 +313,8 @@ TABLES = dict(
     official={
         MSDeformAttn: msda_official, DETR: detr_official, DeformableDETR: deformable_detr_official, TwoStageDETR: two_stage_official + deformable_detr_official,
         DABDETR: dab_detr_official, DABDeformableDETR: dab_deformable_official + deformable_detr_official,
-        TwoStageDABDeformableDETR: two_stage_official + dab_deformable_official + deformable_detr_official},
+        TwoStageDABDeformableDETR: two_stage_official + dab_deformable_official + deformable_detr_official,
+        DilateFormer: dilateformer_official},
     transformers={
         MSDeformAttn: msda_official, DETR: detr_transformers, DeformableDETR: deformable_detr_transformers, TwoStageDETR: two_stage_transformers + deformable_detr_transformers,
         DABDETR: dab_detr_transformers, DABDeformableDETR: None, TwoStageDABDeformableDETR: None})
@@ -301,6 +322,65 @@ TABLES['transformers4'] = {cls: table if cls is DABDETR else table and version4(
 TABLES |= {f'{o}/resnet': {cls: table and own_resnet(table) for cls, table in TABLES[o].items()} for o in ('transformers', 'transformers4')}
 LEFTOVERS = '*total_ops', '*total_params', '*num_batches_tracked'   # counters, not weights: may stand in a file, or not
 list(TABLES)
+
+# %% ../nbs/26_checkpoints.ipynb #d5a70002
+dat_blocks = {
+    PixelMLP: 'fc{k}.{p} chunk.linear{k}.{p}',
+    ConvMLP: 'fc{k}.{p} linear{k}.0.{p}\naround.{p} dwc.{p}',
+    FirstConvMLP: 'fc{k}.{p} linear{k}.{p}\naround.{p} dwc.{p}',
+    ShiftedWindowAttention: 'qkv.{p} proj_qkv.{p}\nproj.{p} proj_out.{p}\nbias.table relative_position_bias_table',
+    NeighbourhoodAttention: 'qkv.{p} qkv.{p}\nproj.{p} proj.{p}\nbias.table rpb',
+    DeformedKeysAttention: '''
+{o}_proj.{p}        proj_{o}.{p}
+offsets.conv.{p}    conv_offset.0.{p}
+offsets.norm.{p}    conv_offset.1.norm.{p}
+offsets.out.{p}     conv_offset.3.{p}
+bias.table          rpe_table
+bias.conv.{p}       rpe_table.{p}
+bias.mlp.{j}.{p}    rpe_table.{j}.{p}
+'''}
+dat_frame = '''
+stem.proj.{p}       stages.0.proj.{p}
+stem.0.{p}          patch_proj.0.{p}
+stem.1.{p}          patch_proj.1.norm.{p}
+stem.3.{p}          patch_proj.3.{p}
+stem.4.{p}          patch_proj.4.norm.{p}
+downs.{i}.0.{p}     down_projs.{i}.0.{p}
+downs.{i}.1.{p}     down_projs.{i}.1.norm.{p}
+norm.{p}            cls_norm.norm.{p}
+head.{p}            cls_head.{p}
+'''
+
+# %% ../nbs/26_checkpoints.ipynb #d5a70003
+def within(table:str, ours:str, theirs:str) -> str:
+    "A table for a part of a model that is called so."
+    return ''.join(f'{ours}.{a} {theirs}.{b}\n' for a, b in (line.split() for line in table.split('\n') if line))
+
+def dat_official(model:DAT) -> str:
+    "The table of a DAT, after the blocks that it has."
+    tables, block = [dat_frame], lambda m: next((dat_blocks[cls] for cls in type(m).__mro__ if cls in dat_blocks), '')
+    for s, stage in enumerate(model.stages):
+        for d, layer in enumerate(stage):
+            ours, theirs = f'stages.{s}.{d}', f'stages.{s}'
+            tables += [within(block(layer.attn), f'{ours}.attn', f'{theirs}.attns.{d}'), within(block(layer.mlp), f'{ours}.mlp', f'{theirs}.mlps.{d}'), f'{ours}.lpu.{{p}} {theirs}.local_perception_units.{d}.{{p}}\n']
+            for k in (1, 2): tables.append(f'{ours}.norm{k}.{{p}} {theirs}.layer_norms.{2*d + k - 1}.norm.{{p}}\n{ours}.scale{k}.{{p}} {theirs}.layer_scales.{2*d + k - 1}.{{p}}\n')
+    return ''.join(tables)
+
+TABLES['official'] |= dat_blocks | {DAT: dat_official}
+
+# %% ../nbs/26_checkpoints.ipynb #d5a70005
+LEFTOVERS += '*relative_position_index', '*attn_mask', '*.q_grid', '*.reference'    # buffers that follow from the sizes
+
+def dat_buffers(model:DAT) -> dict:
+    "What official window attentions keep beside their weights."
+    out = {}
+    for s, stage in enumerate(model.stages):
+        size = [-(-o // model.strides[s]) for o in model.default_cfg['input_size'][1:]]
+        for d, m in ((d, layer.attn) for d, layer in enumerate(stage) if isinstance(layer.attn, ShiftedWindowAttention)):
+            out[f'stages.{s}.attns.{d}.relative_position_index'] = m.bias.index()
+            if any(m.shift): out[f'stages.{s}.attns.{d}.attn_mask'] = torch.where(block_mask(*size, m.window_size, m.shift)[:, 0], 0., -100.)
+    return out
+BUFFERS = dict(official={DAT: dat_buffers})
 
 # %% ../nbs/26_checkpoints.ipynb #7bbec2e7
 class Line(NamedTuple):
@@ -352,7 +432,8 @@ def entries(
 
 def _table_of(model, layout):
     "The table for the nearest class of a model, if any."
-    return next((TABLES[layout][cls] for cls in type(model).__mro__ if cls in TABLES.get(layout, {})), None)
+    table = next((TABLES[layout][cls] for cls in type(model).__mro__ if cls in TABLES.get(layout, {})), None)
+    return table(model) if callable(table) else table
 
 def layouts(model:nn.Module) -> list:
     "The names of the layouts in which a model can be read and written."
@@ -379,12 +460,13 @@ def to_layout(
     model:nn.Module,
     layout:str='official', # 'ours', or a layout with a table for this model: see `layouts`
 ) -> dict:
-    "The model's state dict under the names, and in the stacks, of a layout. Copies are the same tensor."
+    "The model's state dict under the names, and in the stacks, of a layout, with the buffers that its files have. Copies are the same tensor."
     state, out = model.state_dict(), {}
     for e in entries(model, layout):
         tensor = state[e.ours[0]] if len(e.ours) == 1 else torch.cat([state[n] for n in e.ours], e.dim)
         out.update(dict.fromkeys(e.theirs, tensor))
-    return out
+    extra = next((f for cls, f in BUFFERS.get(layout, {}).items() if isinstance(model, cls)), lambda m: {})
+    return out | extra(model)
 
 # %% ../nbs/26_checkpoints.ipynb #a634ef91
 def read_entry(
@@ -413,9 +495,10 @@ class Report(NamedTuple):
     dropped:list # Their names that were not used
     new:list     # Our names that got nothing: they stay as they were, or start anew
     wrong:dict   # {name: what is wrong with it}; our name where we have one, else theirs
+    resized:list=[] # Our names that got a table of another size, stretched
     def __repr__(self):
         lines = [f"layout   '{self.layout}'", f'kept     {len(self.kept)} tensors']
-        for what, names in (('dropped', self.dropped), ('new', self.new)): lines.append(f'{what:<8} {len(names)}{": " if names else ""}{fold_names(names)}')
+        for what, names in (('dropped', self.dropped), ('new', self.new), *[('resized', self.resized)] * bool(self.resized)): lines.append(f'{what:<8} {len(names)}{": " if names else ""}{fold_names(names)}')
         return '\n'.join(lines)
 
 def fold_names(names:list) -> str:
@@ -423,6 +506,19 @@ def fold_names(names:list) -> str:
     kinds = {}
     for n in names: kinds.setdefault(re.sub(r'\d+', '*', n), []).append(n)
     return ', '.join(o[0] if len(o) == 1 else f'{kind} (x{len(o)})' for kind, o in kinds.items())
+
+# %% ../nbs/26_checkpoints.ipynb #d5a70007
+def fit_table(model:nn.Module, name:str, tensor:Tensor):
+    "A table of relative bias in the size that the model has; None where it has that size already, or is no such table."
+    part = model.get_submodule(name.rpartition('.')[0])
+    if name.rpartition('.')[2] != 'table' or not isinstance(part, (InterpolatedBias, WindowTable, NeighbourTable)) or tensor.shape == part.table.shape: return None
+    rows = isinstance(part, WindowTable)                            # `(2h-1)(2w-1) n`; the others are `n 2h-1 2w-1`
+    side = math.isqrt(len(tensor))
+    if tensor.ndim != part.table.ndim or (rows and side**2 != len(tensor)) or tensor.shape[rows] != part.table.shape[rows]: return None
+    maps = tensor.T.unflatten(1, (side, side)) if rows else tensor
+    size = [2 * o - 1 for o in part.window_size] if rows else part.table.shape[1:]
+    maps = nn.functional.interpolate(maps[None].to(part.table.dtype), size, mode='bicubic', align_corners=False)[0]
+    return maps.flatten(1).T if rows else maps
 
 # %% ../nbs/26_checkpoints.ipynb #72d72599
 def from_layout(
@@ -432,17 +528,18 @@ def from_layout(
     new=(),                # Names of ours, or patterns, that are not to be read
 ) -> tuple:                # Our names and tensors, as far as they fit; `Report`
     "Tensors of a layout under our names."
-    state, out, wrong, used, dropped = model.state_dict(), {}, {}, set(), []
+    state, out, wrong, used, dropped, resized = model.state_dict(), {}, {}, set(), [], []
     for e in entries(model, layout):
         found = {n: weights[n] for n in (*e.theirs, e.instead) if n in weights}
         used.update(found)
+        if len(found) == len(e.ours) == 1 and (table := fit_table(model, e.ours[0], *found.values())) is not None: found, resized = dict.fromkeys(found, table), resized + e.ours
         got, bad = ({}, {}) if any(fits(n, new) for n in e.ours) else read_entry(e, state, found)
         counters = all(fits(n, LEFTOVERS) for n in e.ours) and not found
         out.update(got); wrong.update({} if counters else bad)
         dropped += [n for n in found if n in bad or n in e.theirs and not got]
     unexpected = [n for n in weights if n not in used and not fits(n, LEFTOVERS)]
     wrong.update({n: f'unexpected: {n}' for n in unexpected})
-    return out, Report(layout, list(out), dropped + unexpected, [n for n in state if n not in out], wrong)
+    return out, Report(layout, list(out), dropped + unexpected, [n for n in state if n not in out], wrong, resized)
 
 def fits(name, patterns):
     "Is a name one of these, or of the form of one, as 'heads.*'?"
@@ -477,8 +574,8 @@ def read_weights(
     return dict(found)
 
 def _read_pickle(path):
-    "What `torch.load` gives for weights only."
-    with torch.serialization.safe_globals([argparse.Namespace]): return torch.load(path, map_location='cpu', weights_only=True)
+    "What `torch.load` gives for weights only. Settings of official trainings may lie beside them; those of yacs are read as dicts, without yacs."
+    with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]): return torch.load(path, map_location='cpu', weights_only=True)
 
 def _read_safetensors(path):
     "The tensors, with those that the writer left out as copies."
@@ -546,13 +643,15 @@ def _split_weights(weights, size):
 # %% ../nbs/26_checkpoints.ipynb #ffa54a38
 def class_layers(model:nn.Module) -> dict: # {name: `nn.Linear`}
     "The layers that say classes."
-    return {f'{n}.classes'.lstrip('.'): m.classes for n, m in model.named_modules() if isinstance(getattr(m, 'classes', None), nn.Linear)}
+    found = {'head': model.head} if isinstance(model, HierarchicalModel) and model.num_classes else {}
+    return found | {f'{n}.classes'.lstrip('.'): m.classes for n, m in model.named_modules() if isinstance(getattr(m, 'classes', None), nn.Linear)}
 
 def start_classes(
     model:nn.Module,
     prior:float=0.01, # Probability of each class, where classes are said by a sigmoid
 ):
     "New weights for the layers that say classes, as in a new model."
+    if isinstance(model, HierarchicalModel): return model.reset_classifier(model.num_classes)
     focal = model.detect is detect
     for layer in class_layers(model).values():
         layer.reset_parameters()
@@ -567,22 +666,27 @@ def load_weights(
     source,           # A state dict, or a path for `read_weights`
     layout=None,      # Layout of its names; None: the one with the most names in `source`
     allow=(),         # Names or patterns, as `'heads.*'`: what may be wrong with these is only reported
-    new_classes=False,# True: the layers that say classes start anew, whatever the file has for them
+    new_classes=False,# True: the layers that say classes start anew, whatever the file has for them; None: if it has another number of classes
 ) -> Report:
     "Load weights of any known layout. Raises `WeightsError`, and leaves the model as it was, unless every name fits or is allowed."
     weights = dict(source) if hasattr(source, 'keys') else read_weights(source)
     classes = [f'{n}.*' for n in class_layers(model)]
-    ours, report = from_layout(model, weights, layout or guess_layout(model, weights), classes if new_classes else ())
+    layout = layout or guess_layout(model, weights)
+    ours, report = from_layout(model, weights, layout, classes if new_classes else ())
+    if new_classes is None and _other_number(report.wrong, classes): return load_weights(model, weights, layout, allow, True)
     bad = {name: line for name, line in report.wrong.items() if not fits(name, allow)}
     if bad: raise WeightsError(f"{len(bad)} names do not fit {type(model).__name__} (layout '{report.layout}'):\n  " + '\n  '.join(sorted(bad.values())) + _hint(bad, classes))
     if new_classes: start_classes(model)
     model.load_state_dict(ours, strict=False)
     return report
 
+def _other_number(bad, classes):
+    "Has the file another number of classes?"
+    return any(fits(n, classes) and line.startswith('another shape') for n, line in bad.items())
+
 def _hint(bad, classes):
-    "What to do about another number of classes."
-    other = any(fits(n, classes) and line.startswith('another shape') for n, line in bad.items())
-    return '\nAnother number of classes? `new_classes=True` keeps all but the layers that say classes.' if other else ''
+    "What to do about it."
+    return '\nAnother number of classes? `new_classes=True` keeps all but the layers that say classes.' if _other_number(bad, classes) else ''
 
 # %% ../nbs/26_checkpoints.ipynb #462fcce7
 FACTORIES = {f.__name__: f for f in (detr, deformable_detr, two_stage_detr, dab_detr, dab_deformable_detr, two_stage_dab_deformable_detr)}
@@ -621,13 +725,14 @@ def create_detector(
 
 # %% ../nbs/26_checkpoints.ipynb #bac40edb
 def from_config(
-    config:dict,      # Of `create_detector`, of a run of `deformlit-train`, or of transformers
+    config:dict,      # Of `create_detector` or `create_model`, of a run of `deformlit-train`, or of transformers
     num_classes=None, # Another number of classes
-) -> Detector:
-    "The detector that a `config.json` describes, with new weights. Raises `ArgumentError` where it describes none of ours."
+) -> nn.Module:       # `Detector`, or `HierarchicalModel`
+    "The model that a `config.json` describes, with new weights. Raises `ArgumentError` where it describes none of ours."
     if 'model_type' in config: config = from_transformers(config)
     if 'factory' in config: return create_detector(**with_classes(config, num_classes))
-    check({'model', 'vocab'} <= config.keys(), 'config', f"fields {', '.join(list(config)[:5])}", "a field 'factory' (ours), 'model' and 'vocab' (a run of deformlit-train), or 'model_type' (transformers)")
+    if 'architecture' in config: return create_model(**{'name' if k == 'architecture' else k: v for k, v in with_classes(config, num_classes).items()})
+    check({'model', 'vocab'} <= config.keys(), 'config', f"fields {', '.join(list(config)[:5])}", "a field 'factory' (our detectors), 'architecture' (our models of images), 'model' and 'vocab' (a run of deformlit-train), or 'model_type' (transformers)")
     config = config if num_classes in (None, len(config['vocab'])) else config | dict(vocab=[str(i) for i in range(num_classes)])
     model = importlib.import_module('deformlit.train').build_model(config)
     model.config = config
@@ -726,7 +831,7 @@ def to_transformers(
 ) -> dict:                        # What its `config.json` should say
     "A configuration of ours in the words of transformers. Raises `ArgumentError` for a model that it does not have."
     rows = [s for s in SYSTEMS if config.get('factory') == s.factory and all(config[k] == v for k, v in s.ours.items())]
-    told = f"{config.get('factory', 'a run of deformlit-train')} with heads {config.get('heads')}"
+    told = f"{config.get('factory') or config.get('architecture', 'a run of deformlit-train')} with heads {config.get('heads')}"
     check(rows, 'config', told, f"a system that transformers has: {', '.join(f'{s.factory} with {s.ours}' for s in SYSTEMS)}")
     fields = dict(rows[0].theirs)
     for ours, theirs in words_of(rows[0]).items(): fields |= dict.fromkeys(theirs, config[ours])
@@ -751,15 +856,15 @@ def _our_backbone(words, layout):
 
 # %% ../nbs/26_checkpoints.ipynb #7d5a7c62
 def save_pretrained(
-    model:Detector,
+    model:nn.Module,     # `Detector` or `HierarchicalModel`
     folder,              # Is made if it is not there
-    config:dict=None,    # How to build the model: arguments of `create_detector`; None: `model.config`
+    config:dict=None,    # How to build the model: arguments of `create_detector` or `create_model`; None: `model.config`
     layout:str='ours',   # Or one of transformers' layouts; its library reads a folder of 'transformers4'
     shard_size:int=None, # As in `save_weights`
 ):
     "Write `model.safetensors` and `config.json`, from which `from_pretrained` makes the model again."
     config, folder = config or getattr(model, 'config', None), Path(folder)
-    check(config, 'config', config, 'how this model is built, in words: it was not made by `create_detector` or `from_pretrained`')
+    check(config, 'config', config, 'how this model is built, in words: it was not made by `create_detector`, `create_model` or `from_pretrained`')
     check(layout == 'ours' or layout.startswith('transformers'), 'layout', layout, "'ours', or one of transformers; official code reads files of `save_weights`")
     with torch.device('meta'): twin = from_config(config)
     shapes = [{n: tuple(o.shape) for n, o in m.state_dict().items()} for m in (twin, model)]
@@ -794,8 +899,8 @@ def load_pretrained(
     num_classes=None, # Another number of classes than the folder's: layers that say classes start anew
     allow=(),         # As in `load_weights`
     revision=None,    # On the hub
-) -> tuple:           # `Detector` in eval mode; `Report`
-    "A detector with the weights of a folder, and what became of them."
+) -> tuple:           # `Detector` or `HierarchicalModel`, in eval mode; `Report`
+    "A model with the weights of a folder, and what became of them."
     folder = find_folder(source, revision)
     config = read_json(folder/'config.json')
     model = from_config(config, num_classes)
@@ -806,8 +911,8 @@ def _outputs(model): return {n: o.out_features for n, o in class_layers(model).i
 
 # %% ../nbs/26_checkpoints.ipynb #72918283
 def from_pretrained(cls, source, num_classes=None, allow=(), revision=None):
-    "A detector of this class from a folder or the hub, in eval mode; arguments as in `load_pretrained`. What became of the weights is told by `model.report`."
+    "A model of this class from a folder or the hub, in eval mode; arguments as in `load_pretrained`. What became of the weights is told by `model.report`."
     model, model_report = load_pretrained(source, num_classes, allow, revision)
-    check(isinstance(model, cls), 'source', f'{source}, which is a {type(model).__name__}', f'a {cls.__name__}; `Detector.from_pretrained` takes any')
+    check(isinstance(model, cls), 'source', f'{source}, which is a {type(model).__name__}', f'a {cls.__name__}; `{"HierarchicalModel" if isinstance(model, HierarchicalModel) else "Detector"}.from_pretrained` takes any')
     model.report = model_report
     return model

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATES', 'PARTS', 'LOOKS', 'CLASSIFY', 'recipe_loop', 'plain_names', 'group_of', 'named_groups', 'Splitter', 'Hypers',
-           'GroupOptimizer', 'optimizer', 'GroupRates', 'SetEpoch', 'PlainPredictions', 'LossPart', 'DetectionLoss',
-           'detect_of', 'loss_of', 'open_image', 'Found', 'picture', 'show_found', 'DetectorLearner', 'detr_learner',
-           'history', 'DetectionInterpretation']
+           'GroupOptimizer', 'optimizer', 'GroupRates', 'OwnRates', 'SetEpoch', 'PlainPredictions', 'LossPart',
+           'DetectionLoss', 'detect_of', 'loss_of', 'open_image', 'Found', 'picture', 'show_found', 'DetectorLearner',
+           'detr_learner', 'history', 'DetectionInterpretation']
 
 # %% ../nbs/33_learner.ipynb #b5d54607
 import math, os, warnings
@@ -103,26 +103,31 @@ class Hypers(dict):
 
 # %% ../nbs/33_learner.ipynb #309656c6
 class GroupOptimizer(OptimWrapper):
-    "A PyTorch optimizer behind fastai's interface, with hyper-parameters per group; norms and biases do not decay unless the learner has `wd_bn_bias=True`."
+    "A PyTorch optimizer behind fastai's interface, with hyper-parameters per group; norms and biases do not decay unless the learner has `wd_bn_bias=True`, what is spared never does."
     def __init__(self,
         groups, # Lists of parameters
         opt,    # Called with PyTorch's groups and `kwargs`
         **kwargs
     ):
-        self.groups, self.make = [list(g) for g in groups], lambda inner: opt(inner, **kwargs)
+        self.groups, self.spared, self.make = [list(g) for g in groups], set(), lambda inner: opt(inner, **kwargs)
         super().__init__(opt=self.build())
         if len(self.opt.param_groups[0].get('betas', ())) not in (0, 2):    # AggMo's list of momenta is not fastai's `mom`
             self.fwd_map.pop('betas__0'); self.bwd_map.pop('mom')
     def build(self):
-        "A new optimizer with two groups for each of ours. RAdam keeps step sizes in a list that all groups share: each gets its own."
+        "A new optimizer with two groups for each of ours, three if some are spared. RAdam keeps step sizes in a list that all groups share: each gets its own."
         inner = []
-        for g in self.groups: inner += [dict(params=[p for p in g if p.ndim > 1]), dict(params=[p for p in g if p.ndim < 2], weight_decay=0.)]
+        for g in self.groups:
+            rest, spared = [p for p in g if p not in self.spared], [p for p in g if p in self.spared]
+            inner += [dict(params=[p for p in rest if p.ndim > 1]), dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.)]
+            if self.spared: inner.append(dict(params=spared, weight_decay=0.))
         made = self.make(inner)
         for pg in made.param_groups:
             if 'buffer' in pg: pg['buffer'] = [[None] * 3 for _ in range(10)]
         return made
     @property
-    def hypers(self): return [Hypers(h, lambda k, v, i=i: self.set_one(i, k, v)) for i, h in enumerate(super().hypers[::2])]
+    def width(self): return 3 if self.spared else 2                     # PyTorch's groups for each of ours
+    @property
+    def hypers(self): return [Hypers(h, lambda k, v, i=i: self.set_one(i, k, v)) for i, h in enumerate(super().hypers[::self.width])]
     @property
     def param_lists(self): return [L(g) for g in self.groups]
     def _set_hyper(self, k, v):
@@ -130,13 +135,20 @@ class GroupOptimizer(OptimWrapper):
     def set_one(self, i, k, v):
         "Set hyper-parameter `k` of group `i`; a momentum is passed over by optimizers that have none."
         if k in ('mom', 'sqr_mom') and k not in self.bwd_map: return
-        matrices, vectors = self.opt.param_groups[2*i:2*i+2]
+        matrices, vectors, *spared = self.opt.param_groups[self.width*i:self.width*(i+1)]
         marked = any(self.state.get(p, {}).get('do_wd') is False for p in vectors['params'])
         set_item_pg(matrices, self.bwd_map[k], v)
         set_item_pg(vectors, self.bwd_map[k], 0. if k == 'wd' and marked else v)
+        for o in spared: set_item_pg(o, self.bwd_map[k], 0. if k == 'wd' else v)
     def clear_state(self):
         "As new, with the same hyper-parameters. Not just an empty state: some keep counters in their groups, some cannot begin without a state."
-        old, self.opt = self.hypers, self.build()
+        self.renew(self.hypers)
+    def spare(self, params):
+        "As new, and these parameters do not decay, whatever their shape."
+        old, self.spared = self.hypers, set(params)
+        self.renew(old)
+    def renew(self, old):
+        self.opt = self.build()
         for i, h in enumerate(old):
             for k in h.keys() & {'lr', 'wd', 'mom', 'sqr_mom'}: self.set_one(i, k, h[k])
     def load_state_dict(self, state): self.opt.load_state_dict(state)
@@ -184,16 +196,21 @@ class GroupRates(Callback):
     "At every step each group learns at its multiple of the rate of the last group, whatever schedule or slice sets that."
     order = 65
     def __init__(self, rates): self.rates, self.base = rates, None  # {group: multiplier}, in the order of the optimizer's groups
+    def scheduled(self): return [float(self.opt.hypers[-1]['lr'])] * len(self.rates)
     def before_fit(self): self.again = True
     def before_step(self):
         if self.again: self.lrs, self.again = {name: [] for name in self.rates}, False
-        self.base = float(self.opt.hypers[-1]['lr'])
-        lrs = [self.base * r for r in self.rates.values()]
+        self.base = self.scheduled()
+        lrs = [lr * r for lr, r in zip(self.base, self.rates.values())]
         self.opt.set_hyper('lr', lrs)
         for seen, lr in zip(self.lrs.values(), lrs): seen.append(float(lr))
     def after_step(self):
         if self.base is not None: self.opt.set_hyper('lr', self.base)
         self.base = None
+
+class OwnRates(GroupRates):
+    "At every step each group learns at its multiple of its own rate: slices give each group another."
+    def scheduled(self): return [float(h['lr']) for h in self.opt.hypers]
 
 # %% ../nbs/33_learner.ipynb #fdf4d7ea
 class SetEpoch(Callback):

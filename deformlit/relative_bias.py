@@ -153,10 +153,10 @@ def table_grid(
     return torch.stack(start, -1), tuple(step), queries.taps if (th, tw) == (2*h - 1, 2*w - 1) else 0
 
 # %% ../nbs/12_relative_bias.ipynb #b64bfecb
-def _crops_pay(table, start, size):
-    "Whether crops are faster than displacements: measured on a CPU, where large ones leave the cache."
+def _crops_pay(table, start, size, taps):
+    "Whether crops are faster than displacements: on a CPU three are not, and large ones leave the cache."
     if torch.compiler.is_compiling() or start.device.type != 'cpu': return True
-    return start.shape[0] * len(table) * size[0] * size[1] * start.shape[2] <= 1e6
+    return taps == 2 and start.shape[0] * len(table) * size[0] * size[1] * start.shape[2] <= 1e6
 
 def interpolated_bias(
     table:Tensor, # `n th tw`
@@ -166,7 +166,7 @@ def interpolated_bias(
     taps:int=0,   # 2: steps of one; 3: steps a little shorter; 0: any
 ) -> Tensor:      # `b n (h w) k`
     "The bias of all queries for each key, by the fastest form that its steps allow."
-    if taps == 0 or not _crops_pay(table, start, size): return interpolated_bias_grid(table, start, step, *size)
+    if taps == 0 or not _crops_pay(table, start, size, taps): return interpolated_bias_grid(table, start, step, *size)
     return four_crops(table, start, *size) if taps == 2 else three_taps(table, start, step, *size)
 
 # %% ../nbs/12_relative_bias.ipynb #e1c78554

@@ -40,8 +40,8 @@ def check_sample(
     check_float('maps', maps)
     check_float('points', points)
     check_same_device(maps=maps, points=points)
-    if not torch.is_autocast_enabled(maps.device.type):   # autocast finds a common dtype itself
-        check(maps.dtype == points.dtype, 'points', points, f'the dtype of `maps`, {maps.dtype}')
+    if maps.dtype != points.dtype:   # autocast finds a common dtype itself
+        check(torch.is_autocast_enabled(maps.device.type), 'points', points, f'the dtype of `maps`, {maps.dtype}')
     return sizes
 
 def check_finite(

@@ -109,6 +109,12 @@ def block_mask(
     return (y[:, None, :, None, :, None] & x[None, :, None, :, None, :]).flatten(0, 1).flatten(1, 2).flatten(2)[:, None]
 
 # %% ../nbs/14_windows.ipynb #6811e1eb
+def _attend_blocks(q, k, v, mask, attn_drop):
+    "Dense attention, written out on a CPU, where PyTorch's own is slower on blocks as small as these."
+    if q.device.type != 'cpu' or q.dtype in (torch.float16, torch.bfloat16): return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=attn_drop)
+    logits = (q * q.shape[-1]**-0.5) @ k.mT
+    return F.dropout((logits if mask is None else logits + mask).softmax(-1), attn_drop) @ v
+
 def window_attn_eager(q, k, v, window_size, shift=0, bias=None, attn_drop=0.):
     "The same by dense attention within each block. Arguments as for `window_attn`."
     window_size, shift = pair('window_size', window_size), pair('shift', shift, 0)
@@ -116,7 +122,7 @@ def window_attn_eager(q, k, v, window_size, shift=0, bias=None, attn_drop=0.):
     if torch.compiler.is_compiling() or any(shift) or h % window_size[0] or w % window_size[1]:
         look = block_mask(h, w, window_size, shift, q.device)
         mask = torch.where(look, q.new_zeros(()) if bias is None else bias, -math.inf)
-    out = F.scaled_dot_product_attention(*(to_blocks(o, window_size, shift) for o in (q, k, v)), attn_mask=mask, dropout_p=attn_drop)
+    out = _attend_blocks(*(to_blocks(o, window_size, shift) for o in (q, k, v)), mask, attn_drop)
     return from_blocks(out, h, w, window_size, shift)
 
 # %% ../nbs/14_windows.ipynb #c2dcb191

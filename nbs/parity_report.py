@@ -16,7 +16,8 @@ root = Path(__file__).resolve().parents[1]
 FORMAT = 1
 # The systems in the order of the page, and the modules that make them; what these import counts as well
 SYSTEMS = {'deformable attention': ['multiscale'], 'DETR': ['detr'], 'Deformable DETR': ['deformable_detr'], 'two-stage Deformable DETR': ['deformable_detr'], 'DAB-DETR': ['dab_detr'],
-           'DAB-Deformable-DETR': ['dab_detr'], 'two-stage DAB-Deformable-DETR': ['dab_detr'], 'softmax set loss': ['set_loss'], 'focal set loss': ['set_loss'], "DAB-DETR's set loss": ['set_loss']}
+           'DAB-Deformable-DETR': ['dab_detr'], 'two-stage DAB-Deformable-DETR': ['dab_detr'], 'softmax set loss': ['set_loss'], 'focal set loss': ['set_loss'], "DAB-DETR's set loss": ['set_loss'],
+           'deformed keys': ['deformed_keys'], 'windows': ['windows'], 'dilated windows': ['dilated'], 'DAT': ['dat'], 'DilateFormer': ['dilateformer']}
 AGAINST = {'official files': 'numbers that the official code printed', 'transformers': 'models of transformers', 'formulas': 'the formulas, written out in the tests',
            'official statements': 'what the official code states: first weights, numbers of parameters'}
 number, maybe, text = (int, float), (int, float, type(None)), str

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from deformlit.core import ArgumentError, backend, needs_compiler
 from deformlit.deformed_keys import *
 from deformlit.relative_bias import *
+from deformlit.sample import sample
 import deformlit.relative_bias as rb
 
 GRIDS = [PaperGrid, FirstReleaseGrid, PlusPlusGrid]
@@ -217,3 +218,11 @@ def test_figure_of_grids(grid, name, bound):
     line = grid(Free()).line(7, torch.arange(7, dtype=torch.float64)).tolist()
     theirs = function('13_deformed_keys', 'place', f"place({line}, {part.unit(7)}, .37, '{name}', 7)")
     assert_close(torch.tensor(theirs, dtype=torch.float64), part(offset, (7, 7))[0, 0, 0, :, 0] * 7 - .5)
+
+@needs_node
+@pytest.mark.parametrize('grid', GRIDS)
+def test_figure_reads(grid):
+    at = grid(Free())(torch.full((1, 1, 7, 7, 2), .3, dtype=torch.float64), (7, 7))
+    x, y = (at[0, 0, 0, :, 0] * 7 - .5).tolist(), (at[0, 0, :, 0, 1] * 7 - .5).tolist()
+    theirs = torch.tensor(function('13_deformed_keys', 'read', f'read({x}, {y}, 7)'), dtype=torch.float64)
+    assert_close(theirs, sample(torch.arange(49, dtype=torch.float64).view(1, 1, 7, 7), at.view(1, 49, 2)).flatten())

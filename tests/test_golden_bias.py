@@ -40,7 +40,7 @@ def signed(points, h, w):
 
 @pytest.mark.parametrize('name, case', [(n, c) for n in NAMES for c in FILES[n][1]])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
-def test_deformed_keys(name, case, layout):
+def test_deformed_keys(name, case, layout, parity):
     f = fixture(name)
     model = build(f.config).eval()
     model.load_state_dict({our_name(n): t for n, t in f.state_dict().items()})
@@ -53,10 +53,10 @@ def test_deformed_keys(name, case, layout):
     h, w = x.shape[2:]
     reference = model.grid.reference(*points.shape[2:4], points).flip(-1).expand_as(points)
     outputs = dict(y=y, pos=signed(points, h, w), reference=reference)
-    for n in f.part(f'output/{case}/'): f.check(f'output/{case}/{n}', outputs[n])
+    for n in f.part(f'output/{case}/'): f.check(f'output/{case}/{n}', outputs[n], parity, dict(y='output', pos='deformed points', reference='reference points')[n])
     sum((outputs[n] * g).sum() for n, g in gradw.items()).backward()
     found = {n: model.get_parameter(our_name(n.removeprefix('state_dict/'))).grad if n != 'x' else x.grad for n in grads}
-    for n, g in found.items(): f.check(f'grad/{case}/{n}', torch.zeros_like(f.tensors[f'grad/{case}/{n}']) if g is None else g)
+    for n, g in found.items(): f.check(f'grad/{case}/{n}', torch.zeros_like(f.tensors[f'grad/{case}/{n}']) if g is None else g, parity, 'gradients')
     assert torch.equal(x.detach(), inputs['x']), 'the input was changed'
 
 def test_all_are_there(): assert len(NAMES) >= 15 or not NAMES

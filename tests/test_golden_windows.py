@@ -56,7 +56,7 @@ RUN = [(n, case, way) for n, (kind, cases) in FILES.items() if kind in SYSTEMS f
 SLOW = [pytest.mark.slow, pytest.mark.skipif(needs_compiler() is not None, reason=str(needs_compiler()))]
 
 @pytest.mark.parametrize('name,case,way', [pytest.param(*o, marks=SLOW if o[2] == 'compiled' else []) for o in RUN])
-def test_golden(name, case, way):
+def test_golden(name, case, way, parity):
     f = Fixture(folder/name)
     system = SYSTEMS[f.kind](f.config)
     if system.model is not None:
@@ -68,11 +68,11 @@ def test_golden(name, case, way):
     system.op.ran = None
     with backend(way, system.op.name): outputs = system(**leaves)
     assert system.op.ran == way
-    for n in f.part(f'output/{case}/'): f.check(f'output/{case}/{n}', outputs[n])
+    for n in f.part(f'output/{case}/'): f.check(f'output/{case}/{n}', outputs[n], parity, f'output, {way}')
     for n, t in inputs.items(): assert torch.equal(leaves[n], t), f'input {n} was changed'
     sum((outputs[n] * w).sum() for n, w in gradw.items()).backward()
     params = dict(system.model.named_parameters()) if system.model is not None else {}
-    for n in grads: f.check(f'grad/{case}/{n}', leaves[n].grad if n in leaves else params[ours(system.names, n.removeprefix('state_dict/'))].grad)
+    for n in grads: f.check(f'grad/{case}/{n}', leaves[n].grad if n in leaves else params[ours(system.names, n.removeprefix('state_dict/'))].grad, parity, f'gradients, {way}')
 
 def test_all_are_run(tell):
     files = {n for n, _, _ in RUN}

@@ -1,4 +1,4 @@
-"""What the page `compare_detectors.ipynb` shows of `runs/compare_detectors/`: tables, curves, and sentences that hold whatever the numbers are."""
+"""What the page `compare_detectors.ipynb` shows of `runs/compare_detectors/`: tables, curves, and sentences that hold whatever the numbers are. `Compared` is what it shares with other comparisons."""
 import functools, math
 from pathlib import Path
 import torch
@@ -15,7 +15,6 @@ IDEAS = [('points instead of all pixels', 'detr', 'deformable_detr'), ('boxes re
          ('anchors as queries, deformable', 'deformable_detr_refine', 'dab_deformable_detr')]
 NOISE = 0.03    # one seed and 300 scenes: what differs by less we call equal
 
-def name(model): return NAMES.get(model, model)
 def points(x): return '–' if x is None or math.isnan(x) else f'{x:.3f}'
 def more(x): return f'{x:+.3f}'
 
@@ -42,15 +41,17 @@ class Run:
     def curve(self, column): return [math.nan if o.get(column) is None else o[column] for o in self.metrics['history']]
     def score(self, column): return self.metrics[column] or 0.
 
-class Comparison:
-    "All trainings of one folder."
-    def __init__(self, hard=False, folder=None):
-        self.hard, self.folder = hard, Path(folder or root/'runs'/('compare_detectors_hard' if hard else 'compare_detectors'))
-        self.command = 'make compare' + (' ARGS="--hard"' if hard else '')
+class Compared:
+    "All trainings of one folder. What a comparison is about is said by its class."
+    models, names, ideas, run, command = (), {}, (), Run, ''
+    noise, least, things = 0., 0., 'images'     # what differs by less we call equal; who has less has hardly begun; what is counted
+    def __init__(self, folder):
+        self.folder = Path(folder)
         self.known = read(self.folder/FILE) or {}
-        found = {o: (read(self.folder/o/'config.json'), read(self.folder/o/'metrics.json')) for o in (*MODELS, *sorted(self.known.keys() - set(MODELS)))}
-        self.runs = {o: Run(*v) for o, v in found.items() if all(v)}
-    def colour(self, model): return COLOURS[[*MODELS, *self.runs].index(model) % len(COLOURS)]
+        found = {o: (read(self.folder/o/'config.json'), read(self.folder/o/'metrics.json')) for o in (*self.models, *sorted(self.known.keys() - set(self.models)))}
+        self.runs = {o: self.run(*v) for o, v in found.items() if all(v)}
+    def name(self, model): return self.names.get(model, model)
+    def colour(self, model): return COLOURS[[*self.models, *self.runs].index(model) % len(COLOURS)]
 
     @told
     def about(self):
@@ -58,8 +59,41 @@ class Comparison:
         rows, none = [], dict(date='?', minutes='?', device='?', threads='?', machine=dict(cpu='?', gpu=None))
         for o, run in self.runs.items():
             said = self.known.get(o, {}).get('run', none)
-            rows.append((name(o), said['date'], said['minutes'], clock(run.seconds), said['machine']['gpu'] or said['machine']['cpu'], run.metrics['threads'], run.metrics['torch']))
+            rows.append((self.name(o), said['date'], said['minutes'], clock(run.seconds), said['machine']['gpu'] or said['machine']['cpu'], run.metrics['threads'], run.metrics['torch']))
         return Table(('model', 'date', 'minutes asked for', 'taken', 'machine', 'threads', 'torch'), rows)
+
+    @told
+    def buys(self, column='AP'):
+        "Pairs of models that differ by one idea."
+        rows = []
+        for idea, a, b in self.ideas:
+            if a not in self.runs or b not in self.runs: rows.append((idea, f'{self.name(a)} → {self.name(b)}', 'not run yet', '', '')); continue
+            p, q = self.runs[a], self.runs[b]
+            rows.append((idea, f'{self.name(a)} → {self.name(b)}', f'{points(p.score(column))} → {points(q.score(column))}', more(q.score(column) - p.score(column)), f'{q.rate / p.rate:.2f}x'))
+        return Table(('idea', 'from → to', column, 'difference', f'{self.things} per second'), rows)
+
+    @told
+    def judge(self, column='AP'):
+        "What the numbers say, in words."
+        order = sorted(self.runs, key=lambda o: -self.runs[o].score(column))
+        said = [f"In the same time the best is {self.name(order[0])} with {column} {points(self.runs[order[0]].score(column))}, the last {self.name(order[-1])} with {points(self.runs[order[-1]].score(column))}."]
+        said += [f'{o} has hardly begun to learn: {column} {points(self.runs[m].score(column))}. It needs more time, and says little about what it would reach.'
+                 for m in order if self.runs[m].score(column) < self.least for o in [self.name(m)]]
+        for idea, a, b in self.ideas:
+            if a not in self.runs or b not in self.runs: continue
+            p, q = self.runs[a], self.runs[b]
+            if max(p.score(column), q.score(column)) < self.least: continue         # both have hardly begun: nothing to compare
+            d, faster = q.score(column) - p.score(column), q.rate / p.rate
+            what = 'no difference that one seed could show' if abs(d) < self.noise else f"{'a gain' if d > 0 else 'a loss'} of {abs(d):.3f}"
+            said.append(f"{idea[0].upper() + idea[1:]} ({self.name(a)} → {self.name(b)}): {what}, at {faster:.2f} times the {self.things} per second.")
+        return Sentences(said)
+
+class Comparison(Compared):
+    "All detectors."
+    models, names, ideas, noise, least, things = MODELS, NAMES, IDEAS, NOISE, .05, 'scenes'
+    def __init__(self, hard=False, folder=None):
+        super().__init__(folder or root/'runs'/('compare_detectors_hard' if hard else 'compare_detectors'))
+        self.hard, self.command = hard, 'make compare' + (' ARGS="--hard"' if hard else '')
 
     @told
     def table(self):
@@ -67,9 +101,9 @@ class Comparison:
         rows = []
         for o in dict.fromkeys((*MODELS, *self.runs)):
             r = self.runs.get(o)
-            if r is None: rows.append((name(o), 'not run yet', *[''] * 6)); continue
+            if r is None: rows.append((self.name(o), 'not run yet', *[''] * 6)); continue
             m = r.metrics
-            rows.append((name(o), points(m['AP']), points(m['AP50']), points(m['AP75']), f'{r.scenes:,}', f'{r.rate:.0f}', f"{m['parameters'] / 1e6:.2f} M", clock(r.seconds)))
+            rows.append((self.name(o), points(m['AP']), points(m['AP50']), points(m['AP75']), f'{r.scenes:,}', f'{r.rate:.0f}', f"{m['parameters'] / 1e6:.2f} M", clock(r.seconds)))
         return Table(('model', 'AP', 'AP50', 'AP75', 'scenes seen', 'scenes per second', 'parameters', 'time'), rows)
 
     @told
@@ -77,42 +111,16 @@ class Comparison:
         "A score by scenes seen, and by time."
         axes = panels(2, size=(4.4, 3))
         for o, r in self.runs.items():
-            for ax, x in zip(axes, (r.at_scenes, r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o), marker='o', ms=3, label=name(o))
+            for ax, x in zip(axes, (r.at_scenes, r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o), marker='o', ms=3, label=self.name(o))
         for ax, what in zip(axes, ('scenes seen', 'minutes')): ax.set(xlabel=what, ylabel=column, ylim=(0, 1), xlim=(0, None))
         axes[1].legend(labelcolor=INK, frameon=False, fontsize=8)
-
-    @told
-    def buys(self, column='AP'):
-        "Pairs of models that differ by one idea."
-        rows = []
-        for idea, a, b in IDEAS:
-            if a not in self.runs or b not in self.runs: rows.append((idea, f'{name(a)} → {name(b)}', 'not run yet', '', '')); continue
-            p, q = self.runs[a], self.runs[b]
-            rows.append((idea, f'{name(a)} → {name(b)}', f'{points(p.score(column))} → {points(q.score(column))}', more(q.score(column) - p.score(column)), f'{q.rate / p.rate:.2f}x'))
-        return Table(('idea', 'from → to', column, 'difference', 'scenes per second'), rows)
-
-    @told
-    def judge(self, column='AP'):
-        "What the numbers say, in words."
-        order = sorted(self.runs, key=lambda o: -self.runs[o].score(column))
-        said = [f"In the same time the best is {name(order[0])} with {column} {points(self.runs[order[0]].score(column))}, the last {name(order[-1])} with {points(self.runs[order[-1]].score(column))}."]
-        said += [f'{o} has hardly begun to learn: {column} {points(self.runs[m].score(column))}. It needs more time, and says little about what it would reach.'
-                 for m in order if self.runs[m].score(column) < .05 for o in [name(m)]]
-        for idea, a, b in IDEAS:
-            if a not in self.runs or b not in self.runs: continue
-            p, q = self.runs[a], self.runs[b]
-            if max(p.score(column), q.score(column)) < .05: continue         # both have hardly begun: nothing to compare
-            d, faster = q.score(column) - p.score(column), q.rate / p.rate
-            what = 'no difference that one seed could show' if abs(d) < NOISE else f"{'a gain' if d > 0 else 'a loss'} of {abs(d):.3f}"
-            said.append(f"{idea[0].upper() + idea[1:]} ({name(a)} → {name(b)}): {what}, at {faster:.2f} times the scenes per second.")
-        return Sentences(said)
 
     def compiled(self):
         "Images per second in training, without and with `torch.compile`."
         rows = []
         for o in dict.fromkeys((*MODELS, *self.known)):
             c = self.known.get(o, {}).get('compile')
-            if c: rows.append((name(o), f"{c['eager']['train']:.1f}", f"{c['compiled']['train']:.1f}", f"{c['compiled']['train'] / c['eager']['train']:.2f}x", c['device'], c['threads'], c['date']))
+            if c: rows.append((self.name(o), f"{c['eager']['train']:.1f}", f"{c['compiled']['train']:.1f}", f"{c['compiled']['train'] / c['eager']['train']:.2f}x", c['device'], c['threads'], c['date']))
         if not rows: return Sentences(['Not measured yet: `make compare ARGS="--speed"`.'])
         return Table(('model', 'images/s', 'compiled', 'faster', 'device', 'threads', 'date'), rows)
 
