@@ -6,7 +6,7 @@
 __all__ = ['deform_conv2d_loop', 'tap_pixels', 'framed', 'tap_rows', 'deform_conv2d_gather', 'deform_conv2d_eager',
            'deform_conv2d_compiled', 'conv_size', 'deform_conv2d', 'OffsetBranch', 'MaskedOffsetBranch', 'DeformConv2d']
 
-# %% ../nbs/10_deform_conv.ipynb #06012f33
+# %% ../nbs/10_deform_conv.ipynb #1a353b40
 import functools, math
 from itertools import product
 from typing import Callable, NamedTuple
@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from .core import *
 from .points import *
 
-# %% ../nbs/10_deform_conv.ipynb #d59c17e1
+# %% ../nbs/10_deform_conv.ipynb #9d4ef381
 def _value_at(pixels, x, y):
     "The value of a map `h w` between its pixels, zero outside; `x` and `y` in pixels, 0 the centre of the first."
     (h, w), col, row, value = pixels.shape, math.floor(x.detach()), math.floor(y.detach()), 0.
@@ -40,7 +40,7 @@ def deform_conv2d_loop(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 
             out[i, a, row, col] += weight[a, j, u, v] * m * _value_at(x[i, channel], x_, y)
     return out
 
-# %% ../nbs/10_deform_conv.ipynb #01f2a876
+# %% ../nbs/10_deform_conv.ipynb #80f2a2ce
 def _pair(name, x, least):
     "Two whole numbers (y, x) from one or two."
     pair = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
@@ -64,7 +64,7 @@ def tap_pixels(
     moved = offset.flatten(2).unflatten(1, (-1, kh * kw, 2)).permute(0, 4, 2, 1, 3)        # b q k g (y, x)
     return grid + moved.flip(-1)
 
-# %% ../nbs/10_deform_conv.ipynb #344d070b
+# %% ../nbs/10_deform_conv.ipynb #bf6fd9bd
 def framed(
     x:Tensor, # `b c h w`
     g:int=1,  # Offset groups
@@ -92,7 +92,7 @@ def tap_rows(
     numbers = torch.stack([first, first + g, first + (w + 4) * g, first + (w + 5) * g], -1)
     return numbers, torch.stack([left * (1 - fy), right * (1 - fy), left * fy, right * fy], -1)
 
-# %% ../nbs/10_deform_conv.ipynb #58c19d24
+# %% ../nbs/10_deform_conv.ipynb #e6f661bd
 def _tap_mask(mask, k): return None if mask is None else mask.flatten(2).unflatten(1, (-1, k)).permute(0, 3, 2, 1)     # b q k g
 
 def deform_conv2d_gather(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
@@ -107,12 +107,12 @@ def deform_conv2d_gather(x, offset, weight, bias=None, stride=(1, 1), padding=(0
     out = torch.einsum('bqkni,noik->bnoq', columns, kernels).reshape(b, o, *offset.shape[2:])
     return out if bias is None else out + bias[:, None, None]
 
-# %% ../nbs/10_deform_conv.ipynb #5270cbff
+# %% ../nbs/10_deform_conv.ipynb #2432251b
 def _read(table, numbers, shares):
     "The weighted sum of each bag's rows."
     return F.embedding_bag(numbers, table, per_sample_weights=shares, mode='sum')
 
-# %% ../nbs/10_deform_conv.ipynb #d2443333
+# %% ../nbs/10_deform_conv.ipynb #ec4f3cf9
 def _dots(table, numbers, grad):
     "The dot product of each bag's gradient with each row in the bag: what autograd knows as the gradient to the shares."
     shares = torch.zeros(numbers.shape, dtype=grad.dtype, device=grad.device, requires_grad=True)
@@ -130,7 +130,7 @@ def _slopes(dots, h, w, offset, mask, kernel_size, stride, padding, dilation):
     to_mask = ((1 - fy) * top + fy * bottom).permute(0, 3, 2, 1)
     return to_at.permute(0, 3, 2, 4, 1).reshape(offset.shape), to_mask.reshape(offset.shape[0], -1, *offset.shape[2:])
 
-# %% ../nbs/10_deform_conv.ipynb #b4d61c3f
+# %% ../nbs/10_deform_conv.ipynb #f3ae1c6a
 def _give(table, numbers, shares, grad):
     "Add to the gradient of the table: for each row what its taps bring."
     steps = (numbers[0] - numbers[0, 0]).tolist()[1:]
@@ -140,7 +140,7 @@ def _give(table, numbers, shares, grad):
     table += out
     for step, o in zip(steps, more): table[step:] += o[:-step]
 
-# %% ../nbs/10_deform_conv.ipynb #9e7f6578
+# %% ../nbs/10_deform_conv.ipynb #a6b9e97b
 class _Parts(NamedTuple):
     "The arithmetic of the bags, plain or compiled."
     rows: Callable    # Numbers and shares
@@ -162,13 +162,13 @@ def _images(parts, x, offset, mask, options):
         one = *x.shape[2:], offset[i:i+1], None if mask is None else mask[i:i+1], *options
         yield one, framed(x[i:i+1], g)[0], *parts.rows(*one)
 
-def _pieces(out, table, taps, floats=2**19):
+def _pieces(out, table, taps, floats=2**20):
     "Slices of the output pixels of `out`, `n o q`, and of all their `taps`: in a piece about `floats` numbers are read."
     q, each = out.shape[2], taps // out.shape[2]
     step = max(64, floats // (each * table.shape[1]))
     for a in range(0, q, step): yield slice(a, a + step), slice(a * each, (a + step) * each)
 
-# %% ../nbs/10_deform_conv.ipynb #685cccc5
+# %% ../nbs/10_deform_conv.ipynb #8b08970c
 def _kernels(weight, c):
     "The weights as a matrix for each group, `n o (k i)`, and the sizes (k, n, i)."
     (o, i, kh, kw), k = weight.shape, math.prod(weight.shape[2:])
@@ -186,7 +186,7 @@ def _twice(grad, options, *tensors):
     found = iter(torch.autograd.grad(out, asked, grad, create_graph=True))
     return [None if o is None or not o.requires_grad else next(found) for o in tensors]
 
-# %% ../nbs/10_deform_conv.ipynb #4d0e8daf
+# %% ../nbs/10_deform_conv.ipynb #5118345f
 def _back(parts, grad, kernels, sizes, to_kernels, for_table, for_dots, table, numbers, shares):
     "From the gradient to one image's output: that to its table, and the dot products of its taps. That to the kernels is added."
     to_table, dots = torch.zeros_like(table), torch.empty_like(shares)
@@ -202,7 +202,7 @@ def _unframed(table, shape):
     "The gradient to one image from that to its table."
     return table.view(1, shape[2] + 4, shape[3] + 4, shape[1])[:, 2:-2, 2:-2].movedim(-1, 1)
 
-# %% ../nbs/10_deform_conv.ipynb #98941243
+# %% ../nbs/10_deform_conv.ipynb #57bb93c7
 class _Bags(torch.autograd.Function):
     "Deformable convolution by sums of bags, one image at a time, with gradients by hand."
     @staticmethod
@@ -235,7 +235,7 @@ class _Bags(torch.autograd.Function):
         to_bias = grad.sum((0, 2, 3)) if for_bias else None
         return None, None, torch.cat(to_x) if for_x else None, to_offset if for_offset else None, to_weight, to_bias, to_mask if for_mask else None
 
-# %% ../nbs/10_deform_conv.ipynb #40a94e5a
+# %% ../nbs/10_deform_conv.ipynb #7a718d48
 _plain = _Parts(_rows, _dots, _slopes, _give, 2**40)
 
 def _reads(x, offset): return offset.numel() // max(2 * len(offset), 1) * x.shape[1]     # values that the taps of one image read, if there is one offset group
@@ -253,7 +253,7 @@ def deform_conv2d_eager(x, offset, weight, bias=None, stride=(1, 1), padding=(0,
     "The faster of the two plain forms: rows read by `F.embedding_bag`, with gradients by hand; for small maps `deform_conv2d_gather`. Arguments as for `deform_conv2d_loop`."
     return _bags(_plain, x, offset, weight, bias, stride, padding, dilation, mask)
 
-# %% ../nbs/10_deform_conv.ipynb #1ecddb7c
+# %% ../nbs/10_deform_conv.ipynb #ffcf7fec
 def _gather_dots(table, numbers, grad): return (table[numbers] * grad[:, None]).sum(-1)
 
 def _scatter(table, numbers, shares, grad): table.index_put_((numbers,), shares[..., None] * grad[:, None], accumulate=True)
@@ -267,13 +267,13 @@ def _open(f, **options):
         return f(*args)
     return opened
 
-_fast = _Parts(*map(_open, (_rows, _gather_dots, _slopes)), _open(_scatter, options={'cpp.threads': 1}), 2**19)
+_fast = _Parts(*map(_open, (_rows, _gather_dots, _slopes)), _open(_scatter, options={'cpp.threads': 1}), 2**20)
 
 def deform_conv2d_compiled(x, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
     "The same with compiled arithmetic; the first call compiles. Arguments as for `deform_conv2d_loop`."
     return _bags(_fast, x, offset, weight, bias, stride, padding, dilation, mask)
 
-# %% ../nbs/10_deform_conv.ipynb #c5d14c09
+# %% ../nbs/10_deform_conv.ipynb #d6bcba03
 def _torchvision(x, offset, weight, bias, stride, padding, dilation, mask):
     "torchvision's own operation, which must not see NaN: it would read memory beside the map."
     from torchvision.ops import deform_conv2d
@@ -292,7 +292,7 @@ def _fits_torchvision(x, *args):
     kind = x.device.type
     if not torch._C._dispatch_has_kernel_for_dispatch_key('torchvision::deform_conv2d', kind.upper() if kind != 'meta' else 'Meta'): return f'this torchvision has no kernel for {kind}'
 
-# %% ../nbs/10_deform_conv.ipynb #92608bfc
+# %% ../nbs/10_deform_conv.ipynb #aeb9fc61
 def _auto(*args):
     "The ways in the order of their speed, as measured: ours on a CPU, torchvision's elsewhere and for what is tiny."
     if not args: return 'compiled', 'eager', 'native'
@@ -306,7 +306,7 @@ _deform = Op('deform_conv2d', _auto)
 for _name, _f in dict(loop=deform_conv2d_loop, eager=deform_conv2d_eager, compiled=deform_conv2d_compiled, native=_torchvision).items():
     _deform.way(_name, needs=dict(compiled=needs_compiler, native=_needs_torchvision).get(_name), fits=_fits_torchvision if _name == 'native' else None)(_f)
 
-# %% ../nbs/10_deform_conv.ipynb #9154d010
+# %% ../nbs/10_deform_conv.ipynb #57a26003
 def conv_size(
     h:int, w:int,  # Size of the map
     kernel_size, stride=1, padding=0, dilation=1, # As for `tap_pixels`
@@ -332,7 +332,7 @@ def _check_deform(x, offset, weight, bias, stride, padding, dilation, mask):
     for name, o in tensors.items(): check_float(name, o)
     check_same_device(**tensors)
 
-# %% ../nbs/10_deform_conv.ipynb #bb933145
+# %% ../nbs/10_deform_conv.ipynb #0d8d778e
 def deform_conv2d(
     x:Tensor,      # `b c h w`
     offset:Tensor, # `b (g k 2) oh ow`: for each tap (y, x), in pixels of `x`; `g` offset groups divide the channels
@@ -356,7 +356,7 @@ def deform_conv2d(
     if not torch.is_autocast_enabled(x.device.type): return _deform(*args).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False): return _deform(*args).to(x.dtype)
 
-# %% ../nbs/10_deform_conv.ipynb #e5eb8292
+# %% ../nbs/10_deform_conv.ipynb #d0df57ba
 class OffsetBranch(nn.Module):
     "Where each output pixel's taps go (version 1): a convolution of the map that begins with zeros."
     per_tap = 2
@@ -391,7 +391,7 @@ class MaskedOffsetBranch(OffsetBranch):
         n = out.shape[1] // 3
         return out[:, :2*n], out[:, 2*n:].sigmoid()
 
-# %% ../nbs/10_deform_conv.ipynb #c00a34ec
+# %% ../nbs/10_deform_conv.ipynb #97603960
 class DeformConv2d(nn.Module):
     "A convolution whose taps move: with `OffsetBranch` version 1, with `MaskedOffsetBranch` version 2."
     def __init__(self,
