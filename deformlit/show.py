@@ -305,8 +305,9 @@ def record_points(
     model:nn.Module, # Any model with modules that have `look(query, reference, spatial_shapes)`
 ):
     "Within the block, every call of the model's looking modules adds a `Look` to the list that is yielded."
-    looks, found = [], {name: m for name, m in model.named_modules() if callable(getattr(m, 'look', None))}
-    check(found, 'model', type(model).__name__, 'a model in which at least one module has a method `look`')
+    def fits(m): return callable(getattr(m, 'look', None)) and 'spatial_shapes' in inspect.signature(m.look).parameters
+    looks, found = [], {name: m for name, m in model.named_modules() if fits(m)}
+    check(found, 'model', type(model).__name__, 'a model in which at least one module has a method `look(query, reference, spatial_shapes)`')
     def listen(name):
         def hook(module, args, kwargs, output):
             given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
