@@ -298,7 +298,7 @@ def layer_steps(
     mask=None,      # `b h w`, True = padding
 ) -> tuple:         # Predictions, and a `LayerStep` for each decoder layer
     "Run a detector and keep what its decoder did, layer by layer."
-    told, sparse = [], any(callable(getattr(m, 'look', None)) for m in model.modules())
+    told, sparse = [], any(isinstance(m, MSDeformAttn) for m in model.modules())
     hook = model.heads.register_forward_hook(lambda m, args, out: told.append((args[0], args[2], out[1])))
     try:
         with _quiet(model), record_points(model) if sparse else contextlib.nullcontext([]) as seen: preds = model(images, mask)

@@ -170,11 +170,15 @@ def test_drag_by_pointer_and_keys(tmp_path):
 
 def test_other_looks_are_left_alone():
     "A backbone's attention has a `look` of another kind: a detector with it is drawn all the same."
-    class Toy(torch.nn.Module):
-        def __init__(self): super().__init__(); self.backbone, self.attn = DeformedKeysAttention(8, 2), MSDeformAttn(8, 2, 2, 2)
+    from deformlit.deformed_keys import DeformedKeysAttention
+    from deformlit.multiscale import MSDeformAttn
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.attn = DeformedKeysAttention(8, 2), MSDeformAttn(8, 2, 2, 2)
         def forward(self, x): return self.attn(self.backbone(x).flatten(2).mT, torch.rand(1, 16, 2, 2), torch.rand(1, 20, 8), ((4, 4), (2, 2)))
-    with record_points(Toy()) as looks: looks is not None
-    from deformlit.show import record_points as record
     model = Toy()
-    with record(model) as looks: model(torch.rand(1, 8, 4, 4))
+    with record_points(model) as looks: model(torch.rand(1, 8, 4, 4))
     assert [o.name for o in looks] == ['attn']
+    with pytest.raises(ArgumentError, match='model'):
+        with record_points(model.backbone): pass
