@@ -16,3 +16,8 @@ def test_ten_lines(monkeypatch, tmp_path):
     names = {}
     with pytest.MonkeyPatch.context() as m: exec(code, names)
     assert names['learn'].recorder.values and set(names['learn'].recorder.metric_names) >= {'AP', 'AP50', 'train_loss'}
+
+def test_what_the_package_says_of_itself():
+    "One sentence: an exported cell of the index must not leak into it."
+    import deformlit
+    assert deformlit.__doc__ == 'Deformable and sparse visual attention, derived step by step in notebooks and exported as modules that train.'
