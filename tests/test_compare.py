@@ -75,7 +75,7 @@ def test_all_were_run(tmp_path):
     assert 'the best is dab_deformable_detr_two_stage' in said and said.count('no difference that one seed could show') == sum(abs(C.MODELS.index(a) - C.MODELS.index(b)) * .02 < NOISE for _, a, b in IDEAS)
 
 def test_compiled(tmp_path):
-    C.note(tmp_path, 'detr', 'compile', dict(date='today', device='cpu', threads=2, eager=SPEED, compiled=dict(train=150., valid=1.)))
+    C.note(tmp_path, 'detr', 'compile', dict(date='today', device='cpu', threads=2, eager=SPEED, compiled=dict(train=150., valid=1.), faster=dict(train=1.5, valid=1.)))
     C.note(tmp_path, 'detr', 'run', dict(date='today'))
     assert '1.50x' in shown(Comparison(folder=tmp_path).compiled()) and set(C.read(tmp_path/C.FILE)['detr']) == {'compile', 'run'}
 
@@ -91,7 +91,7 @@ def calls(monkeypatch, tmp_path):
     def process(code, words, **kwargs):
         words = [str(o) for o in words]
         seen.append(words)
-        if code == C.MEASURE: open(words[0], 'w').write(json.dumps(SPEED))
+        if code == C.MEASURE: open(words[0], 'w').write(json.dumps(SPEED if words[1] == 'once' else [dict(eager=dict(SPEED, train=100. + i), compiled=dict(SPEED, train=x * (100. + i))) for i, x in enumerate((1., 5., 2., 1.5, 3.))]))
         else:
             folder = tmp_path/'out'/words[words.index('--out') + 1].rpartition('/')[2]
             if '--resume' not in words: folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,8 @@ def test_command(calls, tmp_path, capsys):
     assert [o[0] for o in calls if o[0].startswith('--')] == ['--resume', '--model'] and calls[-1][1] == 'dab_detr'
     calls.clear()
     C.main(['--speed', '--models', 'detr', '--out', str(out)])
-    assert ['--compile' in o for o in calls] == [False, True] and C.read(out/C.FILE)['detr']['compile']['compiled'] == SPEED
+    found = C.read(out/C.FILE)['detr']['compile']
+    assert len(calls) == 1 and '--compile' in calls[0] and calls[0][1] == '5' and found['faster'] == dict(train=2., valid=1.) and found['compiled'] == dict(train=204., valid=300.) and found['turns'] == 5
 
 @pytest.mark.parametrize('args', [['--models', 'yolo'], ['--minutes', '0'], ['--minutes', 'nan'], ['--seconds', '-1'], ['--epochs', '3']])
 def test_bad_options(args, capsys, calls):

@@ -275,6 +275,7 @@ def test_as_a_model_of_images(args):
     torch.manual_seed(0)
     model, x = dat(**args | dict(num_classes=0, in_chans=1)), torch.randn(2, 1, 70, 64)
     assert model(x).shape == (2, 48) and model.num_features == 48
+    assert dat(**args | dict(num_classes=0, in_chans=1, global_pool=''))(x).shape == (2, 48, 3, 2)
     model.reset_classifier(3)
     assert model(x).shape == (2, 3) and {n for n in model.no_weight_decay()} == {n for n, _ in model.named_parameters() if n.endswith('table')}
     maps = check_backbone(FeatureMaps(model, (1, 3)), x)

@@ -30,6 +30,24 @@ def params(model): return sum(p.numel() for p in model.parameters())
 # ---- the functions that timm's models have
 
 @each
+@pytest.mark.parametrize('channels', [1, 2, 4, 6])
+def test_other_channels(family, channels):
+    "Weights for colour images serve images with any number of channels, as timm has it."
+    timm = pytest.importorskip('timm')
+    colour = small(family).eval()
+    m = small(family, seed=1, in_chans=channels, pretrained=colour.state_dict()).eval()
+    first = f"{m.default_cfg['first_conv']}.weight"
+    assert m.report.resized == [first] and not m.report.new
+    assert_close(m.state_dict()[first], timm.models.adapt_input_conv(channels, colour.state_dict()[first]))
+    if channels in (1, 6):
+        x = photos(2, 1, 64, 64)
+        assert_close(m(x.expand(-1, channels, -1, -1)), colour(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    again = small(family, seed=2, in_chans=channels, pretrained=m.state_dict())
+    assert not again.report.resized and again.state_dict()[first].equal(m.state_dict()[first])
+    bad = {**colour.state_dict(), first: colour.state_dict()[first][..., 1:]}
+    with pytest.raises(WeightsError, match=first.replace('.', r'\.')): small(family, in_chans=channels, pretrained=bad)
+
+@each
 def test_shapes_and_features(family):
     m, x = small(family).eval(), photos(2, 3, 64, 96)
     with torch.no_grad():

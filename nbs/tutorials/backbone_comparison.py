@@ -49,7 +49,7 @@ class Backbones(Compared):
         n = next(iter(self.runs.values())).config['images']
         above = axes[0].secondary_xaxis('top', functions=(lambda x: x / n, lambda x: x * n))
         above.set_xlabel('epochs', color=INK); above.spines['top'].set_color(INK); above.tick_params(color=INK, labelcolor=INK)
-        axes[1].legend(labelcolor=INK, frameon=False, fontsize=8)
+        axes[1].legend(labelcolor=INK, frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
 
     def buys(self, column='accuracy'): return super().buys(column)
     def judge(self, column='accuracy'): return super().judge(column)

@@ -11,7 +11,7 @@ with a number of scenes per epoch that fills the time, so that its schedule ends
 written down by the run. Results go to runs/compare_detectors/<model>/, with --hard to runs/compare_detectors_hard/<model>/:
 config.json and metrics.json are small and belong into git, weights and pictures stay out of it. What this script knows
 besides goes to compare.json beside them. The page `compare_detectors.ipynb` is made from these files."""
-import argparse, json, math, os, platform, re, shlex, subprocess, sys, tempfile, time
+import argparse, json, math, os, platform, re, shlex, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
@@ -19,6 +19,7 @@ MODELS = ('detr', 'dab_detr', 'deformable_detr', 'deformable_detr_refine', 'defo
 EASY = dict(size=96, digit_px=[28, 56], max_digits=3, queries=12)     # larger and fewer digits than in `make train`
 RECIPE = dict(bs=8, lr=1e-3, valid_items=300)                         # for all
 DENSE = dict(dilated=1, lr=4e-4)                                      # for the models that read one map: its stride is 16; at 1e-3 DETR learns nothing
+TURNS = 5                                                             # of --speed: first without the compiler, then with it
 EPOCHS = 10                                                           # at most; so many points has a curve
 FILE = 'compare.json'
 
@@ -59,16 +60,18 @@ MEASURE = '''import json, sys
 from deformlit.train import keep_memory, prepare, speed, train_parser
 parser = train_parser()
 with parser.watching():
-    given = vars(parser.parse_args(sys.argv[2:]))
+    given = vars(parser.parse_args(sys.argv[3:]))
     config, where = prepare(given)[1::2]
     keep_memory()
-    found = speed(config, given['speed'], **where)
+    how = lambda compile: speed({**config, 'compile': compile}, given['speed'], **where)
+    if sys.argv[2] == 'once': found = how(config['compile'])
+    else: found = [dict(eager=how(False), compiled=how(True)) for _ in range(int(sys.argv[2]))]
 open(sys.argv[1], 'w').write(json.dumps(found))'''
 
-def measure(given:dict, run:dict, seconds:float) -> dict:
-    "Images per second, of training and of validation, in a process of its own."
+def measure(given:dict, run:dict, seconds:float, turns='once'):
+    "Images per second, of training and of validation, in a process of its own; or in so many turns, without and with the compiler, one after the other."
     with tempfile.TemporaryDirectory() as folder:
-        r = process(MEASURE, [f'{folder}/speed.json', *arguments({**given, **run, 'speed': seconds})])
+        r = process(MEASURE, [f'{folder}/speed.json', turns, *arguments({**given, **run, 'speed': seconds})])
         if r.returncode: sys.exit(f"{given['model']}: the measurement failed; the lines above say why")
         return json.loads(Path(f'{folder}/speed.json').read_text())
 
@@ -118,9 +121,12 @@ def rounded(speed:dict) -> dict: return {k: float(f'{v:.4g}') for k, v in speed.
 
 def compiling(model:str, a, run:dict):
     "Images per second without and with `torch.compile`."
-    found = {how: measure({**options(model, a.hard), **more}, run, a.seconds) for how, more in (('eager', {}), ('compiled', dict(compile=True)))}
-    note(a.out, model, 'compile', dict(date=time.strftime('%Y-%m-%d %H:%M'), device=run['device'], threads=a.threads, machine=machine(run['device']), **{k: rounded(v) for k, v in found.items()}))
+    turns = measure({**options(model, a.hard), 'compile': True}, run, a.seconds / TURNS, TURNS)
+    found = {how: {what: statistics.median(o[how][what] for o in turns) for what in turns[0][how]} for how in turns[0]}
+    faster = {what: float(f"{statistics.median(o['compiled'][what] / o['eager'][what] for o in turns):.3g}") for what in found['eager']}
+    note(a.out, model, 'compile', dict(date=time.strftime('%Y-%m-%d %H:%M'), device=run['device'], threads=a.threads, machine=machine(run['device']), turns=TURNS, faster=faster, **{k: rounded(v) for k, v in found.items()}))
     for how, o in found.items(): print(f"{model:28} {how:9} {o['train']:8.1f} images/s in training {o['valid']:8.1f} in validation", flush=True)
+    print(f"{'':28} compiled / eager, median of {TURNS} turns: {faster['train']:.2f} in training, {faster['valid']:.2f} in validation", flush=True)
 
 def main(argv=None):
     p = argparse.ArgumentParser(description='Train detectors for the same time each.', allow_abbrev=False)
@@ -132,7 +138,7 @@ def main(argv=None):
     p.add_argument('--threads', type=int, default=None, metavar='N', help='threads of the CPU (all cores)')
     p.add_argument('--workers', type=int, default=0, metavar='N', help='processes that make scenes; 0: the one that trains (0)')
     p.add_argument('--speed', action='store_true', help='only measure images per second, without and with --compile')
-    p.add_argument('--seconds', type=float, default=10., metavar='X', help='of each such measurement (10)')
+    p.add_argument('--seconds', type=float, default=20., metavar='X', help='of training in such a measurement (20)')
     p.add_argument('--out', type=Path, default=None, metavar='FOLDER', help='where results go (runs/compare_detectors, with --hard runs/compare_detectors_hard)')
     a = p.parse_args(argv)
     for name, x in (('--minutes', a.minutes), ('--seconds', a.seconds)):

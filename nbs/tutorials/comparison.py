@@ -113,14 +113,14 @@ class Comparison(Compared):
         for o, r in self.runs.items():
             for ax, x in zip(axes, (r.at_scenes, r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o), marker='o', ms=3, label=self.name(o))
         for ax, what in zip(axes, ('scenes seen', 'minutes')): ax.set(xlabel=what, ylabel=column, ylim=(0, 1), xlim=(0, None))
-        axes[1].legend(labelcolor=INK, frameon=False, fontsize=8)
+        axes[1].legend(labelcolor=INK, frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
 
     def compiled(self):
         "Images per second in training, without and with `torch.compile`."
         rows = []
         for o in dict.fromkeys((*MODELS, *self.known)):
             c = self.known.get(o, {}).get('compile')
-            if c: rows.append((self.name(o), f"{c['eager']['train']:.1f}", f"{c['compiled']['train']:.1f}", f"{c['compiled']['train'] / c['eager']['train']:.2f}x", c['device'], c['threads'], c['date']))
+            if c: rows.append((self.name(o), f"{c['eager']['train']:.1f}", f"{c['compiled']['train']:.1f}", f"{c['faster']['train']:.2f}x", c['device'], c['threads'], c['date']))
         if not rows: return Sentences(['Not measured yet: `make compare ARGS="--speed"`.'])
         return Table(('model', 'images/s', 'compiled', 'faster', 'device', 'threads', 'date'), rows)
 
