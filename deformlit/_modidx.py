@@ -218,6 +218,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deformlit.checkpoints.entries': ('checkpoints.html#entries', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints.fill': ('checkpoints.html#fill', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints.find_folder': ('checkpoints.html#find_folder', 'deformlit/checkpoints.py'),
+                                       'deformlit.checkpoints.fit_channels': ('checkpoints.html#fit_channels', 'deformlit/checkpoints.py'),
+                                       'deformlit.checkpoints.fit_size': ('checkpoints.html#fit_size', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints.fit_table': ('checkpoints.html#fit_table', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints.fits': ('checkpoints.html#fits', 'deformlit/checkpoints.py'),
                                        'deformlit.checkpoints.fold_names': ('checkpoints.html#fold_names', 'deformlit/checkpoints.py'),

@@ -8,11 +8,11 @@ __all__ = ['deformable_detr_official', 'two_stage_official', 'dab_deformable_off
            'dab_detr_transformers', 'resnet_transformers', 'msda_official', 'TABLES', 'LEFTOVERS', 'dat_blocks',
            'dat_frame', 'BUFFERS', 'WEIGHTS', 'FACTORIES', 'PARTS', 'detr_words', 'dab_words', 'deformable_words',
            'SYSTEMS', 'version4', 'own_resnet', 'within', 'dat_official', 'dat_buffers', 'Line', 'parse_line', 'fill',
-           'Entry', 'entries', 'layouts', 'to_layout', 'read_entry', 'Report', 'fold_names', 'fit_table', 'from_layout',
-           'fits', 'guess_layout', 'read_weights', 'read_json', 'save_weights', 'class_layers', 'start_classes',
-           'WeightsError', 'load_weights', 'defaults_of', 'create_detector', 'from_config', 'with_classes', 'System',
-           'words_of', 'from_transformers', 'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained',
-           'from_pretrained']
+           'Entry', 'entries', 'layouts', 'to_layout', 'read_entry', 'Report', 'fold_names', 'fit_table',
+           'fit_channels', 'fit_size', 'from_layout', 'fits', 'guess_layout', 'read_weights', 'read_json',
+           'save_weights', 'class_layers', 'start_classes', 'WeightsError', 'load_weights', 'defaults_of',
+           'create_detector', 'from_config', 'with_classes', 'System', 'words_of', 'from_transformers',
+           'to_transformers', 'save_pretrained', 'find_folder', 'load_pretrained', 'from_pretrained']
 
 # %% ../nbs/26_checkpoints.ipynb #e846360e
 import argparse, importlib, inspect, json, math, pickle, re
@@ -495,7 +495,7 @@ class Report(NamedTuple):
     dropped:list # Their names that were not used
     new:list     # Our names that got nothing: they stay as they were, or start anew
     wrong:dict   # {name: what is wrong with it}; our name where we have one, else theirs
-    resized:list=[] # Our names that got a table of another size, stretched
+    resized:list=[] # Our names that got a table of another size, stretched; or filters for another number of image channels
     def __repr__(self):
         lines = [f"layout   '{self.layout}'", f'kept     {len(self.kept)} tensors']
         for what, names in (('dropped', self.dropped), ('new', self.new), *[('resized', self.resized)] * bool(self.resized)): lines.append(f'{what:<8} {len(names)}{": " if names else ""}{fold_names(names)}')
@@ -520,6 +520,20 @@ def fit_table(model:nn.Module, name:str, tensor:Tensor):
     maps = nn.functional.interpolate(maps[None].to(part.table.dtype), size, mode='bicubic', align_corners=False)[0]
     return maps.flatten(1).T if rows else maps
 
+# %% ../nbs/26_checkpoints.ipynb #c38ed45a
+def fit_channels(model:nn.Module, name:str, tensor:Tensor):
+    "The first convolution for the number of image channels that the model has; None where it has that already, or is not the first."
+    if name != f"{(getattr(model, 'default_cfg', None) or {}).get('first_conv')}.weight": return None
+    (out, channels, *size), (there_out, there, *there_size) = model.get_parameter(name).shape, tensor.shape
+    if (out, size) != (there_out, there_size) or channels == there: return None
+    if channels == 1: return tensor.sum(1, keepdim=True)
+    return tensor.repeat(1, -(-channels // there), 1, 1)[:, :channels] * (there / channels)
+
+def fit_size(model:nn.Module, name:str, tensor:Tensor):
+    "A tensor in the size that the model has, if it is one of those that can be fitted; else None."
+    fitted = fit_table(model, name, tensor)
+    return fit_channels(model, name, tensor) if fitted is None else fitted
+
 # %% ../nbs/26_checkpoints.ipynb #72d72599
 def from_layout(
     model:nn.Module,       # Not changed
@@ -532,7 +546,7 @@ def from_layout(
     for e in entries(model, layout):
         found = {n: weights[n] for n in (*e.theirs, e.instead) if n in weights}
         used.update(found)
-        if len(found) == len(e.ours) == 1 and (table := fit_table(model, e.ours[0], *found.values())) is not None: found, resized = dict.fromkeys(found, table), resized + e.ours
+        if len(found) == len(e.ours) == 1 and (fitted := fit_size(model, e.ours[0], *found.values())) is not None: found, resized = dict.fromkeys(found, fitted), resized + e.ours
         got, bad = ({}, {}) if any(fits(n, new) for n in e.ours) else read_entry(e, state, found)
         counters = all(fits(n, LEFTOVERS) for n in e.ours) and not found
         out.update(got); wrong.update({} if counters else bad)

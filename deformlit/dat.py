@@ -216,6 +216,7 @@ def dat(
     img_size=224,               # Side of the images, or (height, width); any other can be called
     table_size=None,            # Side of the images that the tables of relative bias are made for; None: `img_size`
     drop_rate:float=0.,         # Dropout before the head
+    global_pool:str='avg',      # As for `HierarchicalModel`
     attn_drop:float=0.,         # Share of attention weights set to zero in training
     proj_drop:float=0.,         # Dropout after attentions and in MLPs
     drop_path_rate:float=.2,    # Share of branches left out in training, at the last layer; it grows from 0
@@ -233,7 +234,7 @@ def dat(
         stages.append(nn.Sequential(*[DATLayer(dim, takes[j % len(takes)](plan), parts.mlp(dim, int(dim * mlp_ratio), proj_drop), parts.lpu, parts.scale, rate) for j, rate in enumerate(rates)]))
     stem = parts.stem(in_chans, stem_dim or dims[0])
     if stem_dim not in (None, dims[0]): stem.add_module('proj', nn.Conv2d(stem_dim, dims[0], 1))
-    return DAT(stem, stages, [parts.down(*o) for o in zip(dims, dims[1:])], LayerNorm2d(dims[-1]), dims, steps, num_classes, in_chans, img_size=img_size, drop_rate=drop_rate)
+    return DAT(stem, stages, [parts.down(*o) for o in zip(dims, dims[1:])], LayerNorm2d(dims[-1]), dims, steps, num_classes, in_chans, img_size=img_size, drop_rate=drop_rate, global_pool=global_pool)
 
 # %% ../nbs/21_dat.ipynb #5ed65f90
 _first = dict(parts=FirstRelease, depths=(2, 2, 18, 2), strides=(1, 1, 1, 1))
