@@ -14,6 +14,16 @@ def tracked():
     skip = {'runs', 'build', 'dist', '_build', '_proc', '__pycache__'}
     return [p for p in root.rglob('*') if p.is_file() and not any(o in skip or o.startswith('.') for o in p.relative_to(root).parts)]
 
+@every_notebook
+def test_imports_stand_alone(path):
+    "nbdev runs cells with an import when it makes a page, and none of those before: other code in them must need no other cell, or `make docs` ends there."
+    is_import = lambda o: isinstance(o, (ast.Import, ast.ImportFrom))
+    for source in code(path):
+        tree = ast.parse(source)
+        if re.search(r'^#\| *(eval: *false|exports?|exporti)\b', source, re.M) or not any(map(is_import, ast.walk(tree))): continue
+        other = [o for o in tree.body if not is_import(o) and not (isinstance(o, ast.Expr) and isinstance(o.value, ast.Call))]     # a call to set something up may stay
+        assert not other, f'an import among other code; put it into a cell of imports:\n{source}'
+
 # ---- the source and what is made from it
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts}

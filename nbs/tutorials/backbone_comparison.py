@@ -44,9 +44,9 @@ class Backbones(Compared):
         "A column of the history by images seen (above: epochs), and by time."
         axes = panels(2, size=(4.4, 3.3))
         for o, r in self.runs.items():
-            for ax, x in zip(axes, (r.at_scenes, r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o), marker='o', ms=3, label=self.name(o))
-        for ax, what in zip(axes, ('images seen', 'minutes')): ax.set(xlabel=what, ylabel=column.replace('_', ' '), xlim=(0, None))
-        n = next(iter(self.runs.values())).config['images']
+            for ax, x in zip(axes, ([o / 1000 for o in r.at_scenes], r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o), marker='o', ms=3, label=self.name(o))
+        for ax, what in zip(axes, ('thousand images seen', 'minutes')): ax.set(xlabel=what, ylabel=column.replace('_', ' '), xlim=(0, None))
+        n = next(iter(self.runs.values())).config['images'] / 1000
         above = axes[0].secondary_xaxis('top', functions=(lambda x: x / n, lambda x: x * n))
         above.set_xlabel('epochs', color=INK); above.spines['top'].set_color(INK); above.tick_params(color=INK, labelcolor=INK)
         axes[1].legend(labelcolor=INK, frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))

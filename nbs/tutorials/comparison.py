@@ -111,8 +111,8 @@ class Comparison(Compared):
         "A score by scenes seen, and by time."
         axes = panels(2, size=(4.4, 3))
         for o, r in self.runs.items():
-            for ax, x in zip(axes, (r.at_scenes, r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o), marker='o', ms=3, label=self.name(o))
-        for ax, what in zip(axes, ('scenes seen', 'minutes')): ax.set(xlabel=what, ylabel=column, ylim=(0, 1), xlim=(0, None))
+            for ax, x in zip(axes, ([n / 1000 for n in r.at_scenes], r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o), marker='o', ms=3, label=self.name(o))
+        for ax, what in zip(axes, ('thousand scenes seen', 'minutes')): ax.set(xlabel=what, ylabel=column, ylim=(0, 1), xlim=(0, None))
         axes[1].legend(labelcolor=INK, frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
 
     def compiled(self):
