@@ -57,6 +57,14 @@ def test_merge_of_what_is_left_out():
     back = results.merge(both, results_of([row_of('t')], run='t'))
     assert [len(back[o]) for o in ('rows', 'left_out')] == [1, 0]
 
+def test_sources_of_an_op(tmp_path):
+    for name, text in {'a.cpp': '#define KERNEL "a_cpu.h"\n#include "shared.h"\n#include <vector>', 'a_cpu.h': '', 'shared.h': '#include "deeper.h"', 'deeper.h': '#include "a_cpu.h"', 'ab.h': '', 'b.cpp': '#include "shared.h"'}.items(): (tmp_path/name).write_text(text)
+    names = lambda op: [p.name for p in results.sources(tmp_path, op)]
+    assert names('a') == ['a.cpp', 'a_cpu.h', 'deeper.h', 'shared.h'] and names('b') == ['a_cpu.h', 'b.cpp', 'deeper.h', 'shared.h'] and len(names(None)) == 6
+    before = [results.kernels_hash(tmp_path, o) for o in 'ab']
+    (tmp_path/'b.cpp').write_text('other')
+    assert [results.kernels_hash(tmp_path, o) == x for o, x in zip('ab', before)] == [True, False]
+
 def test_digest_and_staleness(tmp_path):
     assert results.kernels_hash(tmp_path/'none') == 'none'
     (tmp_path/'ladder').mkdir(); (tmp_path/'a.h').write_text('1'); (tmp_path/'ladder'/'b.cpp').write_text('2')
@@ -136,7 +144,7 @@ def test_choose(tmp_path, monkeypatch):
     bench.main(['--choose', '--choices', str(path)])
     got = json.loads(path.read_text())
     assert got['ms_deform_attn'] == {'cpu forward 1e3': ['native', 'compiled', 'eager'], 'cpu forward+backward 1e3': ['eager', 'compiled', 'native'], 'cuda forward 1e3': ['native']}
-    assert got['another'] and got['_made']['another cpu'] and got['_made']['ms_deform_attn cpu']['kernels'] == 'aa'
+    assert got['another'] and got['_made']['another cpu'] and got['_made']['ms_deform_attn cpu']['kernels'] == results.kernels_hash(op='multiscale')
 
 # ---- the measurement
 

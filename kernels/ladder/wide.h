@@ -1,9 +1,9 @@
 // Vectors of 16 floats whatever the registers hold, in place of as many as they hold. (Seen with DEFORMLIT_ISA=baseline or avx2.)
-// in multiscale.cpp
+// in isa.h
 #define LANES 4
 // write
 #define LANES 16
-// in multiscale.cpp
+// in isa.h
 #define LANES 8
 // write
 #define LANES 16

@@ -46,7 +46,7 @@ def about(names, args):
     if found['versions']['deformlit'] is None: found['versions']['deformlit'] = re.search(r'__version__ = "(.*)"', (root/'deformlit'/'__init__.py').read_text())[1]
     given = [o for i, o in enumerate(args) if not o.startswith('--out') and (i == 0 or args[i - 1] != '--out')]      # where the file lies is nobody's business
     run = dict(date=time.strftime('%Y-%m-%d %H:%M:%S'), command=' '.join(['make bench', *([f'ARGS="{shlex.join(given)}"'] if given else [])]),
-               machine=dict(cpu=model, isa=isa, cores=cores, gpu=found['gpu']), versions=found['versions'], kernels=results.kernels_hash(), load=dict(before=[round(o, 2) for o in os.getloadavg()]))
+               machine=dict(cpu=model, isa=isa, cores=cores, gpu=found['gpu']), versions=found['versions'], load=dict(before=[round(o, 2) for o in os.getloadavg()]))
     return run, found['entries']
 
 def environment(threads, malloc='default', isa='default'):
@@ -162,7 +162,7 @@ def main(args=None):
             if o not in entries[name]['workloads']: p.error(f"argument --workload: expected one of {', '.join(entries[name]['workloads'])} for {name}, got {o!r}")
     if a.device == 'cuda' and run['machine']['gpu'] is None: p.error('argument --device: PyTorch sees no CUDA device here')
     try:
-        for name in a.op: (choose if a.choose else bench)(name, a, {**run, 'load': dict(run['load'])}, entries[name])
+        for name in a.op: (choose if a.choose else bench)(name, a, {**run, 'kernels': results.kernels_hash(op=name), 'load': dict(run['load'])}, entries[name])
     except KeyboardInterrupt: sys.exit('\nbench: interrupted; the files are as they were')
 
 if __name__ == '__main__': main()

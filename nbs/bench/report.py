@@ -41,7 +41,7 @@ class Report:
         kernels=None,  # The digest of the kernels that count as fresh; those of this checkout, if left out
     ):
         self.name, self.device, self.data, self.entry = name, device, results.read(folder/f'{name}.json'), ops.entry(name)
-        self.now, self.base = kernels or results.kernels_hash(), next(iter(self.entry.peers))
+        self.now, self.base = kernels or results.kernels_hash(op=name), next(iter(self.entry.peers))
         mine = lambda o: [row for row in (self.data or {}).get(o, []) if row['device'] == device and row.get('timing') != 'eager']
         self.rows, self.sweeps, self.limit_rows = mine('rows'), mine('sweeps'), mine('limits')
         self.threads = max((row['threads'] for row in self.rows), default=1)

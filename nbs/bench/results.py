@@ -3,14 +3,14 @@
 `runs/bench/<op>.json` holds
     format    the number of this format
     op        name of the op
-    runs      by id, what a run was made on and with: date, command, machine, versions, kernels (the digest of `kernels/`), load
+    runs      by id, what a run was made on and with: date, command, machine, versions, kernels (the digest of the op's sources), load
     rows      one measurement each, see `ROW`; `speedup_over_eager` is the median over rounds of the peer's eager time / this time;
               `first_ms` and `first_speedup`: the same for the first call of each turn, which is not in `median_ms`
     sweeps    rows again, with `against` (what is varied) and `at` (its value)
     limits    one for each workload: counts, and what micro-benchmarks of the same run took, see `LIMIT`
     left_out  implementations that could not be measured, and why
 This module needs the standard library only."""
-import hashlib, json, os, tempfile
+import hashlib, json, os, re, tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
@@ -46,10 +46,19 @@ def check(results:dict) -> dict:
 
 def key(row): return tuple(row.get(o) for o in KEY)
 
-def kernels_hash(folder=root/'kernels') -> str:
-    "A digest of the source files in `kernels/` (not of the ladder below it), names and contents; 'none' if there are none."
+def sources(folder=root/'kernels', op=None) -> list:
+    """The source files in `kernels/` (not those of the ladder below it); with `op` only those that begin with this name, such as
+    multiscale.cpp and multiscale_cpu.h, and what they include."""
     built = {'.o', '.so', '.pyc', '.pyd', '.dll'}
-    files = sorted(p for p in Path(folder).glob('*') if p.is_file() and p.suffix not in built and p.name[0] not in '._')
+    files = {p.name: p for p in sorted(Path(folder).glob('*')) if p.is_file() and p.suffix not in built and p.name[0] not in '._'}
+    if op is None: return list(files.values())
+    wanted = [name for name in files if re.match(rf'{op}[._]', name)]
+    for name in wanted: wanted += [o for o in re.findall(r'"([\w.]+)"', files[name].read_text()) if o in files and o not in wanted]
+    return [files[name] for name in sorted(wanted)]
+
+def kernels_hash(folder=root/'kernels', op=None) -> str:
+    "A digest of `sources`, names and contents; 'none' if there are none."
+    files = sources(folder, op)
     if not files: return 'none'
     h = hashlib.sha256()
     for p in files: h.update(p.relative_to(folder).as_posix().encode() + b'\0' + hashlib.sha256(p.read_bytes()).digest())
