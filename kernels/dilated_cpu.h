@@ -22,9 +22,11 @@ struct Rows {
     A* operator()(int64_t y) { return inside(y, h) ? zeros + (y % count + 1) * size : zeros; }
 };
 
+template <int W> constexpr int LESS = W > 4 ? 4 : 1;                                  // where W at a time are too many
+
 template <int W, typename T, typename A>
 void widen(const T* from, A* to, int64_t w) {
-    if constexpr (W > 1) if (w < W) return widen<W / 2>(from, to, w);
+    if constexpr (W > 1) if (w < W) return widen<LESS<W>>(from, to, w);
     for (int64_t x = 0; x < w; x += W) { const int64_t at = std::min(x, w - W); store<W>(to + at, load<W>(from + at)); }
 }
 
@@ -33,7 +35,11 @@ template <int W, typename T, typename A>
 void fetch(Rows<A>& rows, const Problem& o, const T* map, int64_t stride, int64_t y) {
     while (rows.newest < std::min<int64_t>(y, o.h - 1)) {
         A* to = rows(++rows.newest);
-        for (int c = 0; c < o.d; c++) widen<W>(map + c * stride + rows.newest * o.w, to + c * rows.wide, o.w);
+        for (int c = 0; c < o.d; c++) {
+            const T* from = map + c * stride + rows.newest * o.w;
+            prefetch(from + o.w, o.w);                                                 // the next row, before it is asked for
+            widen<W>(from, to + c * rows.wide, o.w);
+        }
     }
 }
 
@@ -78,7 +84,7 @@ void gather(const V<A, W>* share, A* const* row, int64_t wide, int64_t x, int d,
         }
         for (int i = 0; i < N; i++) store<W>(to + (c + i) * stride, sum[i]);
     }
-    if constexpr (N > 1) if (c < d) gather<W, N / 2>(share, row, wide, c * wide + x, d - c, count, to + c * stride, stride);
+    if constexpr (N > 1) if (c < d) gather<W, LESS<N>>(share, row, wide, c * wide + x, d - c, count, to + c * stride, stride);
 }
 // endregion gather
 
@@ -113,7 +119,7 @@ void weigh(const Problem& o, const T* q, A* const* key, int64_t wide, int dilati
 // region dilated_forward
 template <int W, typename T, typename A>
 void forward_row(const Problem& o, const T* q, A* const* key, A* const* value, int64_t wide, int dilation, int64_t y, void* room, T* out) {
-    if constexpr (W > 1) if (o.w < W) return forward_row<W / 2>(o, q, key, value, wide, dilation, y, room, out);
+    if constexpr (W > 1) if (o.w < W) return forward_row<LESS<W>>(o, q, key, value, wide, dilation, y, room, out);
     V<A, W>* share = (V<A, W>*)room;
     for (int64_t i = 0; i < o.w; i += W) {
         const int64_t x = std::min<int64_t>(i, o.w - W);                               // the last queries twice, rather than fewer at a time
@@ -154,6 +160,7 @@ void forward(const Problem& o, const T* q, const T* k, const T* v, T* out, int64
             fetch<W>(values, o, v + u.at(o.v), o.v.d, y + far);
             window(keys, o, u.dilation, y, key.data());
             window(values, o, u.dilation, y, value.data());
+            for (int c = 0; c < o.d; c++) prefetch(q + u.at(o.q) + c * o.q.d + (y + 1) * o.w, o.w);
             forward_row<W>(o, q + u.at(o.q), key.data(), value.data(), keys.wide, u.dilation, y, room(), out + (u.b * o.n + u.n) * o.d * o.h * o.w);
         }
     }
@@ -165,7 +172,7 @@ void forward(const Problem& o, const T* q, const T* k, const T* v, T* out, int64
 template <int W, typename T, typename A>
 void queries_row(const Problem& o, const T* q, const T* grad, A* const* key, A* const* value, int64_t wide, int dilation, int64_t y, void* room,
                  A* to_share, A* to_slope, T* to_q) {
-    if constexpr (W > 1) if (o.w < W) return queries_row<W / 2>(o, q, grad, key, value, wide, dilation, y, room, to_share, to_slope, to_q);
+    if constexpr (W > 1) if (o.w < W) return queries_row<LESS<W>>(o, q, grad, key, value, wide, dilation, y, room, to_share, to_slope, to_q);
     const int count = o.ks * o.ks;
     V<A, W> *share = (V<A, W>*)room, *g = share + count;
     for (int64_t i = 0; i < o.w; i += W) {
@@ -185,7 +192,7 @@ void queries_row(const Problem& o, const T* q, const T* grad, A* const* key, A* 
 // The gradients of a row of keys and values: key j of a query has that query at the place of its own key count - 1 - j.
 template <int W, typename T, typename A>
 void keys_row(const Problem& o, A* const* share, A* const* slope, A* const* query, A* const* grad, int64_t wide, int64_t y, void* room, T* to_k, T* to_v) {
-    if constexpr (W > 1) if (o.w < W) return keys_row<W / 2>(o, share, slope, query, grad, wide, y, room, to_k, to_v);
+    if constexpr (W > 1) if (o.w < W) return keys_row<LESS<W>>(o, share, slope, query, grad, wide, y, room, to_k, to_v);
     const int count = o.ks * o.ks;
     V<A, W> *p = (V<A, W>*)room, *s = p + count;
     for (int64_t i = 0; i < o.w; i += W) {
