@@ -31,7 +31,7 @@ def run(q, k, v, *window, grad=None, f=native):
     if grad is None: grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).to(out)
     return [out.detach(), *torch.autograd.grad(out, args, grad)], grad
 
-def exact(args, *window, grad=None, most=4):
+def exact(args, *window, grad=None, most=1):
     "Output and gradients have the right type, and no error beyond roundings of what they are made of, at most `most` for each addition; returns the largest."
     got, grad = run(*args, *window, grad=grad)
     wide = [o.detach().cpu().double() for o in args]
@@ -77,7 +77,7 @@ def test_nothing_to_do(on, empty, dtype):
 def test_far_dilations(on):
     "A window wider than any map, and steps that 32 bits cannot hold: only the own pixel is inside."
     args = inputs(on, dtype=torch.float64)
-    for dilation in (4, 5, 100, 2**31 - 1, 2**31, 2**40): assert_close(native(*args, 3, dilation), native(*args, 3, 1000))
+    for dilation in (5, 6, 100, 2**31 - 1, 2**31, 2**40): assert_close(native(*args, 3, dilation), native(*args, 3, 1000))
     exact(args, 3, 1000)
 
 def test_scale(on):
@@ -234,8 +234,8 @@ def test_compiled_with_changing_sizes(on, backend_):
             a, b_ = (torch.autograd.grad(o.square().sum(), list(m.parameters())) for o in (got, want))
         assert_close(got, want, rtol=1e-4, atol=1e-4)
         for x, y in zip(a, b_): assert_close(x, y, rtol=1e-3, atol=1e-3)
-    ops = [str(o.target) for g in graphs for o in g.graph.nodes if o.op == 'call_function']
-    assert sum('deformlit.dilated_attn' in o for o in ops) == len(graphs) <= 2, 'one call for all dilations'
+    calls = [sum('deformlit.dilated_attn' in str(o.target) for o in g.graph.nodes) for g in graphs]
+    assert calls[-1] == max(calls) == 1 and len(graphs) <= 2, 'one call for all dilations'
 
 def test_compiled_op(on):
     torch._dynamo.reset()

@@ -4,6 +4,7 @@ from dilated_cases import *
 from hypothesis import HealthCheck, given, settings, strategies as st
 from notebooks import root
 from deformlit import core, native as library
+from deformlit.dilated import _dilated
 
 @pytest.fixture(scope='module', autouse=True)
 def on():
