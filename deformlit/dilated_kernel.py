@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dilated_attn_native']
 
-# %% ../nbs/42_dilated_kernel.ipynb #166b3a27
+# %% ../nbs/42_dilated_kernel.ipynb #9584bcba
 import ctypes, functools, math
 import torch
 from .core import *
@@ -14,7 +14,7 @@ from .dilated import _dilated, _widened
 from .multiscale_kernel import _in_batch
 from .native import *
 
-# %% ../nbs/42_dilated_kernel.ipynb #7488e90f
+# %% ../nbs/42_dilated_kernel.ipynb #b2bf8e2a
 for name, given, made in (('dilated_attn', 'Tensor q, Tensor k, Tensor v', 'Tensor'), ('dilated_attn_backward', 'Tensor grad, Tensor q, Tensor k, Tensor v', '(Tensor, Tensor, Tensor)')):
     torch.library.define(f'deformlit::{name}', f'({given}, int kernel_size, SymInt[] dilations, float padding, float scale) -> {made}', tags=torch.Tag.pt2_compliant_tag)
 
@@ -24,7 +24,7 @@ def _(q, k, v, kernel_size, dilations, padding, scale): return q.new_empty(q.sha
 @torch.library.register_fake('deformlit::dilated_attn_backward')
 def _(grad, q, k, v, kernel_size, dilations, padding, scale): return tuple(q.new_empty(q.shape) for _ in range(3))
 
-# %% ../nbs/42_dilated_kernel.ipynb #4492e131
+# %% ../nbs/42_dilated_kernel.ipynb #69d4c44e
 def _over_images(op, many):
     "The rule of `vmap`: what it maps over joins the images of the batch."
     def rule(info, dims, *args):
@@ -36,12 +36,12 @@ def _over_images(op, many):
 torch.library.register_vmap('deformlit::dilated_attn', _over_images(torch.ops.deformlit.dilated_attn, 3))
 torch.library.register_vmap('deformlit::dilated_attn_backward', _over_images(torch.ops.deformlit.dilated_attn_backward, 4))
 
-# %% ../nbs/42_dilated_kernel.ipynb #0b7dcd3a
+# %% ../nbs/42_dilated_kernel.ipynb #110c2674
 def _backward(grad, q, k, v, *window): return *torch.ops.deformlit.dilated_attn_backward(grad, q, k, v, *window), None, None, None, None
 def _eager(q, k, v, kernel_size, dilations, padding, scale): return _widened(dilated_attn_eager)(q, k, v, kernel_size, tuple(dilations), padding, scale)
 _call = differentiable('deformlit::dilated_attn', _backward, _eager)
 
-# %% ../nbs/42_dilated_kernel.ipynb #3c519058
+# %% ../nbs/42_dilated_kernel.ipynb #c19175c0
 class _Map(ctypes.Structure): _fields_ = [(o, ctypes.c_int64) for o in 'bnd']
 class _Problem(ctypes.Structure):
     "`CudaProblem` of kernels/dilated_cuda.h."
@@ -61,7 +61,7 @@ def _check_call(q, k, v, kernel_size, dilations, padding, scale):
     check(0 < len(dilations) <= 64 and n % len(dilations) == 0, 'dilations', dilations, 'one for each of equal groups of heads, at most 64')
     check(padding < math.inf, 'padding', padding, 'a number below infinity')
 
-# %% ../nbs/42_dilated_kernel.ipynb #1ab21706
+# %% ../nbs/42_dilated_kernel.ipynb #7d98376e
 @functools.cache
 def _kernels(): return Kernels((home()/'kernels'/'dilated_cuda.h').read_text(), [home()/'kernels'])
 
@@ -76,7 +76,7 @@ def _launch(kernel, maps, kernel_size, dilations, padding, scale, *rest):
     o = _Problem(*strides[-3:], *strides[:-3] or [_Map()], b, padding, scale, n, d, h, w, kernel_size, len(dilations), (ctypes.c_int * 64)(*(min(x, most) for x in dilations)))
     with torch.cuda.device(maps[0].device): _kernels().launch(f'dilated_{kernel}_{_names[maps[0].dtype]}', (min(b * n * -(-h * w // 32), 1 << 30), 1, 1), (256, 1, 1), o, *rest)
 
-# %% ../nbs/42_dilated_kernel.ipynb #ef000573
+# %% ../nbs/42_dilated_kernel.ipynb #cc73519c
 def _nvrtc_forward(q, k, v, *window):
     _check_call(q, k, v, *window)
     maps, out = [_side_by_side(x) for x in (q, k, v)], q.new_empty(q.shape)
@@ -95,7 +95,7 @@ def _nvrtc_backward(grad, q, k, v, *window):
         _launch('gather', maps, *window, *maps[:2], room, to_k, to_v)
     return to_q, to_k, to_v
 
-# %% ../nbs/42_dilated_kernel.ipynb #2463f61c
+# %% ../nbs/42_dilated_kernel.ipynb #a1e21aaf
 @functools.cache
 def _needs_cuda():
     "None if the op has kernels for CUDA: from a library, or else compiled by NVRTC."
@@ -115,7 +115,7 @@ def _fits(q, k, v, kernel_size, dilation, *rest):
     if kind == 'cuda': return _needs_cuda() or (None if isinstance(dilation, int) or len(dilation) <= 64 else 'more than 64 dilations on CUDA')
     return needs_library('cpu') if kind == 'cpu' else f'no kernel for {kind}'
 
-# %% ../nbs/42_dilated_kernel.ipynb #29d2fb01
+# %% ../nbs/42_dilated_kernel.ipynb #ffd7eae2
 @_dilated.way('native', needs=_needs, fits=_fits)
 def dilated_attn_native(q, k, v, kernel_size=3, dilation=1, padding=0., scale=None):
     "The same in C++ on the CPU and in CUDA on GPUs. Arguments as for `dilated_attn`."
