@@ -1,0 +1,362 @@
+// The CPU kernels. isa.h includes this file once for each instruction set, inside a namespace of its own, with LANES, the
+// floats that a vector register of that set holds. Hence no include guard.
+
+#include "vectors.h"
+
+template <typename A> constexpr int WIDTH = LANES * sizeof(float) / sizeof(A);   // numbers in a register
+
+// region exp2
+// 2^x: the whole part of x goes into the exponent's bits, the rest, between -1/2 and 1/2, through the series of e^(x ln 2).
+template <typename A> struct Bits;
+template <> struct Bits<float> { typedef uint32_t type; static constexpr int mantissa = 23, terms = 7, lowest = -126; static constexpr float shift = 0x1.8p23f; };
+template <> struct Bits<double> { typedef uint64_t type; static constexpr int mantissa = 52, terms = 13, lowest = -1022; static constexpr double shift = 0x1.8p52; };
+
+template <typename A>
+struct Series {
+    A c[Bits<A>::terms + 1];
+    constexpr Series() : c{} {
+        double term = 1;
+        for (int n = 0; n <= Bits<A>::terms; n++) { c[n] = A(term); term *= 0.6931471805599453 / (n + 1); }
+    }
+};
+template <int W, typename A>
+V<A, W> exp2(V<A, W> x) {
+    typedef Bits<A> B;
+    typedef V<typename B::type, W> I;
+    constexpr Series<A> series;
+    const V<A, W> shifted = x + B::shift, r = x - (shifted - B::shift);      // adding so large a number rounds x
+    V<A, W> p = series.c[B::terms] * r + series.c[B::terms - 1];
+    #pragma GCC unroll 16
+    for (int n = B::terms - 2; n >= 0; n--) p = p * r + series.c[n];
+    const I one = (I)(V<A, W>{} + A(1));
+    p = p * (V<A, W>)(((I)shifted << B::mantissa) + one);
+    return x < A(B::lowest) ? V<A, W>{} : p;                                   // NaN stays NaN
+}
+// endregion exp2
+
+// region product
+// c[i][x] += the sum over k of a[i][k] * b[k][x], for M rows and N vectors of columns, held in registers.
+template <int M, int N, int W, typename A>
+void block(const A* a, int64_t ai, int64_t ak, const A* b, int64_t bk, int count, A* c, int64_t ci) {
+    V<A, W> sum[M][N];
+    #pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+        #pragma GCC unroll 4
+        for (int x = 0; x < N; x++) sum[i][x] = load<W>(c + i * ci + x * W);
+    for (int k = 0; k < count; k++, a += ak, b += bk) {
+        V<A, W> right[N];
+        #pragma GCC unroll 4
+        for (int x = 0; x < N; x++) right[x] = load<W>(b + x * W);
+        #pragma GCC unroll 16
+        for (int i = 0; i < M; i++) {
+            const A left = a[i * ai];
+            #pragma GCC unroll 4
+            for (int x = 0; x < N; x++) sum[i][x] += left * right[x];
+        }
+    }
+    #pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+        #pragma GCC unroll 4
+        for (int x = 0; x < N; x++) store<W>(c + i * ci + x * W, sum[i][x]);
+}
+
+// All rows: as many blocks of M as fit, then half as many rows at a time, down to one.
+template <int M, int N, int W, typename A>
+void rows_of(const A* a, int64_t ai, int64_t ak, const A* b, int64_t bk, int count, A* c, int64_t ci, int rows) {
+    int i = 0;
+    for (; i + M <= rows; i += M) block<M, N, W>(a + i * ai, ai, ak, b, bk, count, c + i * ci, ci);
+    if constexpr (M > 1) if (i < rows) rows_of<M / 2, N, W>(a + i * ai, ai, ak, b, bk, count, c + i * ci, ci, rows - i);
+}
+template <typename A>
+void product(const A* a, int64_t ai, int64_t ak, const A* b, int64_t bk, int count, A* c, int64_t ci, int rows, int vectors) {
+    constexpr int W = WIDTH<A>, M = LANES == 16 ? 8 : 4;
+    int x = 0;
+    for (; x + 2 <= vectors; x += 2) rows_of<M, 2, W>(a, ai, ak, b + x * W, bk, count, c + x * W, ci, rows);
+    if (x < vectors) rows_of<M, 1, W>(a, ai, ak, b + x * W, bk, count, c + x * W, ci, rows);
+}
+// endregion product
+
+// region tile
+// Queries are taken in tiles: some rows of the map, or a piece of one. They follow each other in memory.
+constexpr int TILE = 128, KEYS = 64, LINE = TILE + 16, RIM = 16;    // queries and keys at a time; numbers from key to key
+
+struct Tile { int row, rows, column, columns, count; int64_t first; };
+struct Tiles {
+    int h, w, rows, columns, across;
+    int64_t count;
+    explicit Tiles(const Problem& o) : h(o.h), w(o.w) {
+        across = (w + TILE - 1) / TILE;
+        columns = across == 1 ? w : ((w + across - 1) / across + 15) / 16 * 16;
+        across = (w + columns - 1) / columns;
+        rows = std::min(h, std::max(1, across > 1 ? 1 : TILE / w));
+        count = int64_t((h + rows - 1) / rows) * across;
+    }
+    Tile operator()(int64_t i) const {
+        const int row = int(i / across) * rows, column = int(i % across) * columns;
+        const int some = std::min(rows, h - row), wide = std::min(columns, w - column);
+        return {row, some, column, wide, some * wide, int64_t(row) * w + column};
+    }
+};
+
+// Numbers on a boundary of the cache's lines, zeros at first.
+template <typename A>
+struct Room {
+    std::vector<A> all;
+    A* at = nullptr;
+    void take(size_t count) {
+        all.assign(count + 64 / sizeof(A), A(0));
+        at = all.data() + (64 - (uintptr_t)all.data() % 64) % 64 / sizeof(A);
+    }
+};
+// endregion tile
+
+// region copies
+// to[c][i] = the d channels c of some queries, times `scale`; zeros up to a whole vector.
+template <typename T, typename A>
+void channels_first(const T* from, int64_t si, int64_t sd, int count, int d, A scale, A* to) {
+    const int padded = (count + WIDTH<A> - 1) / WIDTH<A> * WIDTH<A>;
+    for (int c = 0; c < d; c++, to += LINE) {
+        const T* line = from + c * sd;
+        if (si == 1) for (int i = 0; i < count; i++) to[i] = A(line[i]) * scale;
+        else for (int i = 0; i < count; i++) to[i] = A(line[i * si]) * scale;
+        for (int i = count; i < padded; i++) to[i] = 0;
+    }
+}
+// to[i][c] = from[c][i], with `wide` numbers from i to i.
+template <typename A>
+void turned(const A* from, int count, int d, A scale, A* to, int wide) {
+    for (int c = 0; c < d; c++) for (int i = 0; i < count; i++) to[i * wide + c] = from[c * LINE + i] * scale;
+}
+
+// Keys or values of one head, KEYS at a time, in the order in which they lie in memory.
+template <typename A>
+struct Packed {
+    Room<A> room;
+    int64_t key, channel;
+    int d;
+    template <typename T> void take(const T* from, int64_t si, int64_t sd, int64_t count, int channels) {
+        d = channels;
+        const bool by_key = sd == 1 && si != 1;
+        key = by_key ? d : 1; channel = by_key ? 1 : KEYS;
+        room.all.resize((count + KEYS - 1) / KEYS * KEYS * d + 64 / sizeof(A));
+        room.at = room.all.data() + (64 - (uintptr_t)room.all.data() % 64) % 64 / sizeof(A);
+        for (int64_t k = 0; k < count; k += KEYS) {
+            const int some = std::min<int64_t>(KEYS, count - k);
+            A* to = room.at + k * d;
+            if (by_key) for (int i = 0; i < some; i++) for (int c = 0; c < d; c++) to[i * d + c] = A(from[(k + i) * si + c]);
+            else if (si == 1) for (int c = 0; c < d; c++) for (int i = 0; i < some; i++) to[c * KEYS + i] = A(from[k + i + c * sd]);
+            else for (int c = 0; c < d; c++) for (int i = 0; i < some; i++) to[c * KEYS + i] = A(from[(k + i) * si + c * sd]);
+        }
+    }
+    const A* operator()(int64_t k) const { return room.at + k * d; }   // of a block that begins at key k
+};
+// endregion copies
+
+// region table
+// One head's table with a rim of zeros, wide enough for all that a tile reads beside it.
+template <typename A>
+struct Table {
+    int th, tw, beside;
+    int64_t stride;
+    Room<A> room;
+    A* zero;                                               // its number (0, 0)
+    void size(const Problem& o, int columns) {
+        th = o.th; tw = o.tw; beside = columns + RIM + 8;
+        stride = (tw + 2 * beside + 15) / 16 * 16;
+        room.take((th + 4) * stride);
+        zero = room.at + 2 * stride + beside;
+    }
+    void take(const A* from, A scale) { for (int y = 0; y < th; y++) for (int x = 0; x < tw; x++) zero[y * stride + x] = from[y * tw + x] * scale; }
+    A* row(int y) const { return zero + y * stride; }
+};
+// endregion table
+
+// region where
+// Where the keys of a block are read by the queries of a tile: rows of the table for each key and row; for columns the
+// first one, and the place within.
+template <typename A>
+struct Where {
+    std::vector<int> low, column;
+    std::vector<A> share, rest;
+    int rows;
+    A more;
+    Where() : low(KEYS * TILE), column(KEYS), share(KEYS * TILE), rest(KEYS) {}
+    void take(const Problem& o, const Tile& t, const A* start, int keys) {
+        rows = t.rows; more = A(o.more_x);
+        const A more_y = A(o.more_y);
+        int *lows = low.data(), *columns = column.data();
+        A *shares = share.data(), *rests = rest.data();
+        const int first = t.row, th = o.th, n = rows;
+        for (int j = 0; j < keys; j++) {
+            #pragma GCC ivdep
+            for (int r = 0; r < n; r++) {
+                const Place<A> p = place(start[2 * j + 1], more_y, first + r, th);
+                lows[j * n + r] = p.low; shares[j * n + r] = p.share;
+            }
+        }
+        const int least = -(t.columns + 5), most = o.tw + 2;
+        #pragma GCC ivdep
+        for (int j = 0; j < keys; j++) {
+            const int x = whole(start[2 * j]);
+            const A f = start[2 * j] - A(x);
+            const bool near = !(f >= A(2)) && !(f < A(0));     // true for NaN
+            const int c = x + t.column;
+            columns[j] = near ? (c < least ? least : c > most ? most : c) : least;
+            rests[j] = near ? f + more * A(t.column) : A(0);
+        }
+    }
+};
+// endregion where
+
+// region across
+// W queries side by side, beginning with number x of the tile's row, read a row of the table. TAPS 2: the same two shares for
+// all. TAPS 3: steps are a little short, so each has its own two among three neighbours. TAPS 0: any steps, one by one.
+constexpr int RAMP = 64;
+template <int TAPS, typename A>
+struct Across {
+    static constexpr int W = WIDTH<A>;
+    typedef V<A, W> Vec;
+    const Problem& o;
+    Vec count;                                             // 0, 1, 2, ...
+    // for TAPS 2 and 3
+    int column;
+    A rest;
+    Vec share[3], slope_share[3];
+    // for TAPS 0
+    int at[W];
+    A part[W];
+
+    explicit Across(const Problem& o) : o(o) { for (int i = 0; i < W; i++) count[i] = A(i); }
+    // Shares of the TAPS numbers from column - (TAPS == 3) + x on.
+    void shares(Vec x, A more, Vec* to, Vec* slopes) const {
+        if constexpr (TAPS == 2) { to[0] = Vec{} + (1 - rest); to[1] = Vec{} + rest; slopes[0] = Vec{} - A(1); slopes[1] = Vec{} + A(1); }
+        else {
+            const Vec t = rest + 1 + more * x;
+            const Vec one = Vec{} + A(1), zero = Vec{};
+            const Vec low = t >= A(1) ? one : zero, f = t - low;
+            to[0] = (one - f) * (one - low); to[1] = f * (one - low) + (one - f) * low; to[2] = f * low;
+            slopes[0] = low - one; slopes[1] = one - 2 * low; slopes[2] = low;
+        }
+    }
+    void take(const Where<A>& where, const A* start, const Tile& t, int j, int x) {
+        if constexpr (TAPS) {
+            column = where.column[j] - (TAPS == 3) + x; rest = where.rest[j];
+            shares(count + A(x), where.more, share, slope_share);
+        } else for (int i = 0; i < W; i++) {
+            const Place<A> p = place(start[2 * j], where.more, t.column + x + i, o.tw);
+            at[i] = p.low; part[i] = p.share;
+        }
+    }
+    Vec read(const A* row) const {
+        if constexpr (TAPS == 2) { const Vec a = load<W>(row + column), b = load<W>(row + column + 1); return between(a, b, rest); }
+        else if constexpr (TAPS == 3) return share[0] * load<W>(row + column) + share[1] * load<W>(row + column + 1) + share[2] * load<W>(row + column + 2);
+        else {
+            A a[W], b[W];
+            for (int i = 0; i < W; i++) { a[i] = row[at[i]]; b[i] = row[at[i] + 1]; }
+            return between(load<W>(a), load<W>(b), load<W>(part));
+        }
+    }
+    Vec slope(const A* row) const {
+        if constexpr (TAPS == 2) return load<W>(row + column + 1) - load<W>(row + column);
+        else if constexpr (TAPS == 3) return slope_share[0] * load<W>(row + column) + slope_share[1] * load<W>(row + column + 1) + slope_share[2] * load<W>(row + column + 2);
+        else {
+            A a[W], b[W];
+            for (int i = 0; i < W; i++) { a[i] = row[at[i]]; b[i] = row[at[i] + 1]; }
+            return load<W>(b) - load<W>(a);
+        }
+    }
+};
+// endregion across
+
+// region bias
+// scores[j][i] = the bias of the tile's queries i for the keys j: between two rows of the table. From row to row one is kept.
+template <int TAPS, typename A>
+void bias(const Problem& o, const Tile& t, const Table<A>& table, const Where<A>& where, const A* start, int keys, A* scores) {
+    constexpr int W = WIDTH<A>;
+    Across<TAPS, A> across(o);
+    for (int j = 0; j < keys; j++, scores += LINE)
+        for (int x = (t.columns - 1) / W * W; x >= 0; x -= W) {       // from the right: what spills over is written again
+            across.take(where, start, t, j, x);
+            const int* low = &where.low[j * t.rows];
+            const A* share = &where.share[j * t.rows];
+            V<A, W> upper{}, lower{};
+            int last = -1000;                              // the table's row that `upper` is from
+            for (int r = 0; r < t.rows; r++) {
+                if (low[r] == last + 1) { upper = lower; lower = across.read(table.row(low[r] + 1)); }
+                else if (low[r] != last) { upper = across.read(table.row(low[r])); lower = across.read(table.row(low[r] + 1)); }
+                last = low[r];
+                store<W>(scores + r * t.columns + x, between(upper, lower, share[r]));
+            }
+        }
+}
+template <typename A>
+void bias(int taps, const Problem& o, const Tile& t, const Table<A>& table, const Where<A>& where, const A* start, int keys, A* scores) {
+    (taps == 2 ? bias<2, A> : taps == 3 ? bias<3, A> : bias<0, A>)(o, t, table, where, start, keys, scores);
+}
+// How many neighbours a row of queries reads: see `Across`.
+inline int taps(const Problem& o) {
+    if (o.more_x == 0 || o.w == 1) return 2;
+    return o.more_x < 0 && -o.more_x * (o.w - 1) < 1 ? 3 : 0;
+}
+// endregion bias
+
+// region forward
+// The tiles `begin` to `end` of all images and heads.
+template <typename T, typename A>
+void forward(const Problem& o, const T* q, const T* k, const T* v, const A* table, const A* start, T* out, A* sums, int64_t begin, int64_t end) {
+    constexpr int W = WIDTH<A>;
+    constexpr A log2e = A(1.4426950408889634074), ln2 = A(0.6931471805599453094);
+    const A scale = A(1 / std::sqrt(double(o.d))) * log2e;
+    const Tiles tiles(o);
+    const int kind = taps(o);
+    Table<A> around;
+    Packed<A> keys, values;
+    Where<A> where;
+    Room<A> room;
+    around.size(o, tiles.columns);
+    room.take(LINE * (KEYS + 2 * o.d + 3) + RIM);
+    A *scores = room.at, *queries = scores + LINE * KEYS, *sum = queries + LINE * o.d, *most = sum + LINE * o.d, *total = most + LINE;
+    int64_t before = -1;
+    for (int64_t unit = begin; unit < end; unit++) {
+        const int64_t bn = unit / tiles.count, b = bn / o.n, n = bn % o.n;
+        const Tile t = tiles(unit % tiles.count);
+        if (bn != before) {
+            around.take(table + n * o.th * o.tw, log2e);
+            keys.take(k + b * o.sk.b + n * o.sk.n, o.sk.i, o.sk.d, o.k, o.d);
+            values.take(v + b * o.sv.b + n * o.sv.n, o.sv.i, o.sv.d, o.k, o.d);
+            before = bn;
+        }
+        channels_first(q + b * o.sq.b + n * o.sq.n + t.first * o.sq.i, o.sq.i, o.sq.d, t.count, o.d, scale, queries);
+        const A* places = start + 2 * (b * o.g + n / (o.n / o.g)) * o.k;
+        const int vectors = (t.count + W - 1) / W;
+        std::fill_n(sum, LINE * o.d, A(0));
+        std::fill_n(most, LINE, std::numeric_limits<A>::lowest());
+        std::fill_n(total, LINE, A(0));
+        for (int64_t k0 = 0; k0 < o.k; k0 += KEYS) {
+            const int some = std::min<int64_t>(KEYS, o.k - k0);
+            where.take(o, t, places + 2 * k0, some);
+            bias(kind, o, t, around, where, places + 2 * k0, some, scores);
+            product(keys(k0), keys.key, keys.channel, queries, LINE, o.d, scores, LINE, some, vectors);
+            for (int x = 0; x < vectors * W; x += W) {
+                const V<A, W> old = load<W>(most + x);
+                V<A, W> high = old;
+                for (int j = 0; j < some; j++) { const V<A, W> s = load<W>(scores + j * LINE + x); high = s > high ? s : high; }
+                const V<A, W> shrink = exp2<W, A>(old - high);
+                V<A, W> all = load<W>(total + x) * shrink;
+                for (int j = 0; j < some; j++) {
+                    const V<A, W> p = exp2<W, A>(load<W>(scores + j * LINE + x) - high);
+                    store<W>(scores + j * LINE + x, p);
+                    all += p;
+                }
+                store<W>(most + x, high); store<W>(total + x, all);
+                if (k0) for (int c = 0; c < o.d; c++) store<W>(sum + c * LINE + x, load<W>(sum + c * LINE + x) * shrink);
+            }
+            product(values(k0), values.channel, values.key, scores, LINE, some, sum, LINE, o.d, vectors);
+        }
+        T* to = out + bn * o.d * o.q + t.first;
+        A* to_sums = sums + bn * o.q + t.first;
+        for (int i = 0; i < t.count; i++) { to_sums[i] = most[i] * ln2 + std::log(total[i]); total[i] = o.k ? 1 / total[i] : A(0); }
+        for (int c = 0; c < o.d; c++, to += o.q) for (int i = 0; i < t.count; i++) to[i] = T(sum[c * LINE + i] * total[i]);
+    }
+}
+// endregion forward
