@@ -265,6 +265,11 @@ struct Across {
             return load<W>(b) - load<W>(a);
         }
     }
+    // The way back of `read`. With TAPS 2 and 3 `grads` are those of W numbers of the table; with TAPS 0, of W queries.
+    void give(A* row, Vec grads) const {
+        if constexpr (TAPS) store<W>(row + column, load<W>(row + column) + grads);
+        else for (int i = 0; i < W; i++) { row[at[i]] += (1 - part[i]) * grads[i]; row[at[i] + 1] += part[i] * grads[i]; }
+    }
 };
 // endregion across
 
@@ -360,3 +365,163 @@ void forward(const Problem& o, const T* q, const T* k, const T* v, const A* tabl
     }
 }
 // endregion forward
+
+// region spread
+// The gradient of the bias: each query gives what it got to the four numbers it read, and its key learns in which direction the
+// bias grows. What rows give to one row of the table is added up in registers first.
+template <int TAPS, typename A>
+void spread(const Problem& o, const Tile& t, const Table<A>& table, const Table<A>& to, const Where<A>& where, const A* start, int keys,
+            const A* grads, A* slopes) {
+    constexpr int W = WIDTH<A>;
+    typedef V<A, W> Vec;
+    Across<TAPS, A> across(o);
+    for (int j = 0; j < keys; j++, grads += LINE, slopes += 2 * W) {
+        Vec along_x = load<W>(slopes), along_y = load<W>(slopes + W);
+        const int* low = &where.low[j * t.rows];
+        const A* share = &where.share[j * t.rows];
+        for (int x = 0; x < t.columns + (TAPS ? TAPS - 1 : 0); x += W) {
+            across.take(where, start, t, j, x);
+            const Vec place = across.count + A(x);
+            Vec give[3], none[3];                          // shares of the neighbour i to the left, for what is given to one number
+            if constexpr (TAPS) for (int i = 0; i < TAPS; i++) {
+                Vec all[3];
+                across.shares(place - A(i), where.more, all, none);
+                give[i] = (place >= A(i)) & (place < A(t.columns + i)) ? all[i] : Vec{};
+            }
+            Vec upper{}, lower{}, upper_slope{}, lower_slope{}, here{}, below{};
+            int last = -1000;
+            for (int r = 0; r < t.rows; r++) {
+                const A* from = grads + r * t.columns + x;
+                if (low[r] != last) {
+                    const bool next = low[r] == last + 1;
+                    if (last > -1000) { across.give(to.row(last), here); if (!next) across.give(to.row(last + 1), below); }
+                    here = next ? below : Vec{}; below = Vec{};
+                    upper = next ? lower : across.read(table.row(low[r])); upper_slope = next ? lower_slope : across.slope(table.row(low[r]));
+                    lower = across.read(table.row(low[r] + 1)); lower_slope = across.slope(table.row(low[r] + 1));
+                    last = low[r];
+                }
+                Vec g = load<W>(from), given = g = place < A(t.columns) ? g : Vec{};
+                along_x += g * between(upper_slope, lower_slope, share[r]);
+                along_y += g * (lower - upper);
+                if constexpr (TAPS) {
+                    given = give[0] * load<W>(from);
+                    for (int i = 1; i < TAPS; i++) given += give[i] * load<W>(from - i);
+                }
+                here += (1 - share[r]) * given; below += share[r] * given;
+            }
+            across.give(to.row(last), here); across.give(to.row(last + 1), below);
+        }
+        store<W>(slopes, along_x); store<W>(slopes + W, along_y);
+    }
+}
+// endregion spread
+
+// region sums
+// What one unit of work adds up: for the keys and values of its head, for where they are read, and for the table.
+inline int64_t wide(const Problem& o, int w) { return (o.d + w - 1) / w * w; }
+template <typename A>
+struct Sums {
+    A *keys, *values, *start, *table;
+    static int64_t size(const Problem& o) { return 2 * o.k * wide(o, WIDTH<A>) + 2 * o.k + int64_t(o.th) * o.tw; }
+    Sums(const Problem& o, A* at) : keys(at), values(keys + o.k * wide(o, WIDTH<A>)), start(values + o.k * wide(o, WIDTH<A>)), table(start + 2 * o.k) {}
+};
+// A unit is an image, a head, and one of `parts` stretches of its queries: more than one where images and heads are few.
+inline int64_t parts(const Problem& o) { return std::min<int64_t>(Tiles(o).count, std::max<int64_t>(1, 8 / std::max<int64_t>(1, o.b * o.n))); }
+// endregion sums
+
+// region backward
+// The units `begin` to `end`. A tile's queries belong to one unit, and all that units share goes to sums of their own.
+template <typename T, typename A>
+void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* v, const A* table, const A* start, const T* out, const A* logs,
+              T* to_q, A* to_sums, int64_t begin, int64_t end) {
+    constexpr int W = WIDTH<A>;
+    constexpr A log2e = A(1.4426950408889634074), ln2 = A(0.6931471805599453094);
+    const A scale = A(1 / std::sqrt(double(o.d)));
+    const Tiles tiles(o);
+    const int kind = taps(o), d = o.d, dw = wide(o, W);
+    const int64_t some_parts = parts(o);
+    Table<A> around, to_around;
+    Packed<A> keys, values;
+    Where<A> where;
+    Room<A> room, turned_room, slopes;
+    around.size(o, tiles.columns);
+    for (int64_t unit = begin; unit < end; unit++) {
+        const int64_t bn = unit / some_parts, part = unit % some_parts, b = bn / o.n, n = bn % o.n;
+        const Sums<A> to(o, to_sums + unit * Sums<A>::size(o));
+        std::fill_n(to.keys, 2 * o.k * dw, A(0));
+        around.take(table + n * o.th * o.tw, log2e);
+        to_around.size(o, tiles.columns);
+        keys.take(k + b * o.sk.b + n * o.sk.n, o.sk.i, o.sk.d, o.k, d);
+        values.take(v + b * o.sv.b + n * o.sv.n, o.sv.i, o.sv.d, o.k, d);
+        slopes.take(o.k * 2 * W);
+        room.take(RIM + LINE * (2 * KEYS + 3 * d + 2) + RIM);
+        turned_room.take(2 * TILE * dw);
+        A *weights = room.at + RIM, *grads = weights + LINE * KEYS, *queries = grads + LINE * KEYS, *given = queries + LINE * d, *sum = given + LINE * d;
+        A *log = sum + LINE * d, *dot = log + LINE, *queries_turned = turned_room.at, *given_turned = queries_turned + TILE * dw;
+        const A* places = start + 2 * (b * o.g + n / (o.n / o.g)) * o.k;
+        for (int64_t i = tiles.count * part / some_parts; i < tiles.count * (part + 1) / some_parts; i++) {
+            const Tile t = tiles(i);
+            const int vectors = (t.count + W - 1) / W;
+            const int64_t at = bn * d * o.q + t.first;
+            channels_first(q + b * o.sq.b + n * o.sq.n + t.first * o.sq.i, o.sq.i, o.sq.d, t.count, d, scale * log2e, queries);
+            channels_first(grad + at, 1, o.q, t.count, d, A(1), given);
+            turned(queries, t.count, d, ln2, queries_turned, dw);
+            turned(given, t.count, d, A(1), given_turned, dw);
+            std::fill_n(sum, LINE * d, A(0)); std::fill_n(dot, LINE, A(0));
+            std::fill_n(log, LINE, std::numeric_limits<A>::max());         // beyond the tile's queries all weights are zero
+            for (int x = 0; x < t.count; x++) log[x] = logs[bn * o.q + t.first + x] * log2e;
+            for (int c = 0; c < d; c++) for (int x = 0; x < t.count; x++) dot[x] += given[c * LINE + x] * A(out[at + c * o.q + x]);
+            for (int64_t k0 = 0; k0 < o.k; k0 += KEYS) {
+                const int some = std::min<int64_t>(KEYS, o.k - k0);
+                where.take(o, t, places + 2 * k0, some);
+                bias(kind, o, t, around, where, places + 2 * k0, some, weights);
+                product(keys(k0), keys.key, keys.channel, queries, LINE, d, weights, LINE, some, vectors);
+                for (int j = 0; j < some; j++) std::fill_n(grads + j * LINE, vectors * W, A(0));
+                product(values(k0), values.key, values.channel, given, LINE, d, grads, LINE, some, vectors);
+                for (int x = 0; x < vectors * W; x += W) {
+                    const V<A, W> l = load<W>(log + x), mean = load<W>(dot + x);
+                    for (int j = 0; j < some; j++) {
+                        A *p = weights + j * LINE + x, *g = grads + j * LINE + x;
+                        const V<A, W> weight = exp2<W, A>(load<W>(p) - l);
+                        store<W>(p, weight);
+                        store<W>(g, weight * (load<W>(g) - mean));
+                    }
+                }
+                product(weights, LINE, 1, given_turned, dw, t.count, to.values + k0 * dw, dw, some, dw / W);
+                product(grads, LINE, 1, queries_turned, dw, t.count, to.keys + k0 * dw, dw, some, dw / W);
+                product(keys(k0), keys.channel, keys.key, grads, LINE, some, sum, LINE, d, vectors);
+                (kind == 2 ? spread<2, A> : kind == 3 ? spread<3, A> : spread<0, A>)(o, t, around, to_around, where, places + 2 * k0, some, grads, slopes.at + k0 * 2 * W);
+            }
+            for (int c = 0; c < d; c++) for (int x = 0; x < t.count; x++) to_q[at + c * o.q + x] = T(sum[c * LINE + x] * scale);
+        }
+        for (int64_t j = 0; j < 2 * o.k; j++) {
+            A all = 0;
+            for (int i = 0; i < W; i++) all += slopes.at[j * W + i];
+            to.start[j] = all * ln2;
+        }
+        for (int y = 0; y < o.th; y++) std::copy_n(to_around.row(y), o.tw, to.table + int64_t(y) * o.tw);
+    }
+}
+
+// The sums of all units, added in one order, always the same: of the keys and values of the heads `begin` to `end` of all images,
+template <typename T, typename A>
+void finish_keys(const Problem& o, const A* sums, T* to_k, T* to_v, int64_t begin, int64_t end) {
+    const int64_t some = parts(o), size = Sums<A>::size(o), dw = wide(o, WIDTH<A>);
+    for (int64_t bn = begin; bn < end; bn++)
+        for (int two = 0; two < 2; two++) {
+            const A* from = sums + bn * some * size + two * o.k * dw;
+            T* to = (two ? to_v : to_k) + bn * o.d * o.k;
+            for (int64_t j = 0; j < o.k; j++) for (int c = 0; c < o.d; c++) {
+                A all = from[j * dw + c];
+                for (int64_t p = 1; p < some; p++) all += from[p * size + j * dw + c];
+                to[c * o.k + j] = T(all);
+            }
+        }
+}
+// and of the places and the tables, where `stride` units later comes the next that adds to the same numbers.
+template <typename A>
+void add_up(const A* from, int64_t count, int64_t stride, int64_t units, A* to) {
+    std::copy_n(from, count, to);
+    for (int64_t u = 1; u < units; u++) for (int64_t i = 0; i < count; i++) to[i] += from[u * stride + i];
+}
+// endregion backward

@@ -64,6 +64,10 @@ inline void check_backward(const Problem& o, const Tensor& q, Tensor& grad, Tens
 inline Tensor like(const Tensor& x, std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(x, {shape.begin(), shape.size()});
 }
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;   // to q `b n d q`, k and v `b n d k`, table, start
+inline Gradients gradients(const Problem& o, const Tensor& q, const Tensor& table, const Tensor& start) {
+    return {like(q, {o.b, o.n, o.d, o.q}), like(q, {o.b, o.n, o.d, o.k}), like(q, {o.b, o.n, o.d, o.k}), like(table, {o.n, o.th, o.tw}), like(start, {o.b, o.g, o.k, 2})};
+}
 // endregion problem
 
 }  // namespace deformed_keys
