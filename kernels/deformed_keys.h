@@ -1,4 +1,4 @@
-// Attention with a bias read between the numbers of a table: the arithmetic that g++, nvcc and NVRTC share.
+// Attention with a bias read between the numbers of a table: sizes, and the arithmetic that g++, nvcc and NVRTC share.
 // Letters: b batch, n heads, g groups, q queries (h w of them), k keys, d channels of a head; the table is th x tw.
 #pragma once
 
@@ -13,11 +13,17 @@
 namespace deformlit {
 namespace deformed_keys {
 
-// region place
-// Along one side of a table of `size` numbers: the number `low` at or before a place, and the share of the one after it.
-template <typename A>
-struct Place { int low; A share; };
+// region sizes
+struct Strides { long long b, n, i, d; };                  // numbers from image to image, head, query or key, channel
+struct Problem {
+    long long b, q, k;
+    Strides sq, sk, sv;
+    double more_x, more_y;                                 // a step, less one number of the table
+    int n, g, d, h, w, th, tw;
+};
+// endregion sizes
 
+// region place
 // The whole number at or below x. What is far away is moved to where it is just far; NaN counts as 0.
 template <typename A>
 DEFORMLIT_INLINE int whole(A x) {
@@ -28,15 +34,27 @@ DEFORMLIT_INLINE int whole(A x) {
     return cut - (x < A(cut));                             // so one less below zero
 }
 
-// Where query i of a line reads: query 0 reads at `start`, and each step is one number of the table and `more`.
+// Where a key's query 0 reads along one side of the table: at or after the number `first`, with a `rest` below one.
 template <typename A>
-DEFORMLIT_INLINE Place<A> place(A start, A more, int i, int size) {
+struct Origin { int first; A rest; };
+
+template <typename A>
+DEFORMLIT_INLINE Origin<A> origin(A start) {
     const int first = whole(start);
-    const A rest = start - A(first) + more * A(i);         // small where steps are near one, so it keeps its digits
-    const int part = whole(rest);
-    const int low = first + i + part;
-    const bool inside = low >= -1 && low < size && start - A(first) < A(2);
-    return {inside ? low : -2, inside || start != start ? rest - A(part) : A(0)};
+    const A rest = start - A(first);
+    if (start == start && !(rest >= A(0) && rest < A(1))) return {-(1 << 28), A(0)};      // too far to count, or infinite: outside
+    return {first, rest};                                  // NaN stays, in `rest`
+}
+
+// Where its query i reads: at or after the number `low`, with a share of the one after it. A step is one number and `more`.
+template <typename A>
+struct Place { int low; A share; };
+
+template <typename A>
+DEFORMLIT_INLINE Place<A> place(Origin<A> o, A more, int i, int size) {
+    const A rest = o.rest + more * A(i);                   // small where steps are near one, so it keeps its digits
+    const int part = whole(rest), low = o.first + i + part;
+    return {low >= -1 && low < size ? low : -2, rest - A(part)};
 }
 // endregion place
 

@@ -8,13 +8,6 @@ using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
 // region problem
-struct Strides { int64_t b, n, i, d; };                    // of image, head, query or key, channel
-struct Problem {
-    int64_t b, q, k;
-    int n, g, d, h, w, th, tw;
-    double more_x, more_y;                                 // a step, less one number of the table
-    Strides sq, sk, sv;
-};
 
 inline Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& table, Tensor& start,
                        double step_x, double step_y, int64_t h, int64_t w) {
