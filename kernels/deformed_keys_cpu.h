@@ -2,37 +2,9 @@
 // floats that a vector register of that set holds. Hence no include guard.
 
 #include "vectors.h"
+#include "exp.h"
 
 template <typename A> constexpr int WIDTH = LANES * sizeof(float) / sizeof(A);   // numbers in a register
-
-// region exp2
-// 2^x: the whole part of x goes into the exponent's bits, the rest, between -1/2 and 1/2, through the series of e^(x ln 2).
-template <typename A> struct Bits;
-template <> struct Bits<float> { typedef uint32_t type; static constexpr int mantissa = 23, terms = 7, lowest = -126; static constexpr float shift = 0x1.8p23f; };
-template <> struct Bits<double> { typedef uint64_t type; static constexpr int mantissa = 52, terms = 13, lowest = -1022; static constexpr double shift = 0x1.8p52; };
-
-template <typename A>
-struct Series {
-    A c[Bits<A>::terms + 1];
-    constexpr Series() : c{} {
-        double term = 1;
-        for (int n = 0; n <= Bits<A>::terms; n++) { c[n] = A(term); term *= 0.6931471805599453 / (n + 1); }
-    }
-};
-template <int W, typename A>
-V<A, W> exp2(V<A, W> x) {
-    typedef Bits<A> B;
-    typedef V<typename B::type, W> I;
-    constexpr Series<A> series;
-    const V<A, W> shifted = x + B::shift, r = x - (shifted - B::shift);      // adding so large a number rounds x
-    V<A, W> p = series.c[B::terms] * r + series.c[B::terms - 1];
-    #pragma GCC unroll 16
-    for (int n = B::terms - 2; n >= 0; n--) p = p * r + series.c[n];
-    const I one = (I)(V<A, W>{} + A(1));
-    p = p * (V<A, W>)(((I)shifted << B::mantissa) + one);
-    return x < A(B::lowest) ? V<A, W>{} : p;                                   // NaN stays NaN
-}
-// endregion exp2
 
 // region product
 // c[i][x] += the sum over k of a[i][k] * b[k][x], for M rows and N vectors of columns, held in registers.
@@ -124,8 +96,8 @@ void channels_first(const T* from, int64_t si, int64_t sd, int count, int d, A s
 }
 // to[i][c] = from[c][i], with `wide` numbers from i to i.
 template <typename A>
-void turned(const A* from, int count, int d, A scale, A* to, int wide) {
-    for (int c = 0; c < d; c++) for (int i = 0; i < count; i++) to[i * wide + c] = from[c * LINE + i] * scale;
+void turned(const A* from, int count, int d, A* to, int wide) {
+    for (int c = 0; c < d; c++) for (int i = 0; i < count; i++) to[i * wide + c] = from[c * LINE + i];
 }
 
 // Keys or values of one head, KEYS at a time, in the order in which they lie in memory.
@@ -166,43 +138,32 @@ struct Table {
         room.take((th + 4) * stride);
         zero = room.at + 2 * stride + beside;
     }
-    void take(const A* from, A scale) { for (int y = 0; y < th; y++) for (int x = 0; x < tw; x++) zero[y * stride + x] = from[y * tw + x] * scale; }
+    void take(const A* from) { for (int y = 0; y < th; y++) std::copy_n(from + int64_t(y) * tw, tw, zero + y * stride); }
     A* row(int y) const { return zero + y * stride; }
 };
 // endregion table
 
 // region where
-// Where the keys of a block are read by the queries of a tile: rows of the table for each key and row; for columns the
-// first one, and the place within.
+// Where the keys of a block are read by the queries of a tile: for columns the origin, for rows the place itself.
 template <typename A>
 struct Where {
-    std::vector<int> low, column;
-    std::vector<A> share, rest;
-    int rows;
-    A more;
-    Where() : low(KEYS * TILE), column(KEYS), share(KEYS * TILE), rest(KEYS) {}
+    std::vector<Origin<A>> across;
+    std::vector<int> low;                                  // of key j and the tile's row r: j * rows + r
+    std::vector<A> share;
+    Where() : across(KEYS), low(KEYS * TILE), share(KEYS * TILE) {}
     void take(const Problem& o, const Tile& t, const A* start, int keys) {
-        rows = t.rows; more = A(o.more_x);
-        const A more_y = A(o.more_y);
-        int *lows = low.data(), *columns = column.data();
-        A *shares = share.data(), *rests = rest.data();
-        const int first = t.row, th = o.th, n = rows;
+        int* lows = low.data();
+        A* shares = share.data();
+        const A more = A(o.more_y);
+        const int first = t.row, rows = t.rows, th = o.th;
         for (int j = 0; j < keys; j++) {
+            across[j] = origin(start[2 * j]);
+            const Origin<A> down = origin(start[2 * j + 1]);
             #pragma GCC ivdep
-            for (int r = 0; r < n; r++) {
-                const Place<A> p = place(start[2 * j + 1], more_y, first + r, th);
-                lows[j * n + r] = p.low; shares[j * n + r] = p.share;
+            for (int r = 0; r < rows; r++) {
+                const Place<A> p = place(down, more, first + r, th);
+                lows[j * rows + r] = p.low; shares[j * rows + r] = p.share;
             }
-        }
-        const int least = -(t.columns + 5), most = o.tw + 2;
-        #pragma GCC ivdep
-        for (int j = 0; j < keys; j++) {
-            const int x = whole(start[2 * j]);
-            const A f = start[2 * j] - A(x);
-            const bool near = !(f >= A(2)) && !(f < A(0));     // true for NaN
-            const int c = x + t.column;
-            columns[j] = near ? (c < least ? least : c > most ? most : c) : least;
-            rests[j] = near ? f + more * A(t.column) : A(0);
         }
     }
 };
@@ -211,7 +172,6 @@ struct Where {
 // region across
 // W queries side by side, beginning with number x of the tile's row, read a row of the table. TAPS 2: the same two shares for
 // all. TAPS 3: steps are a little short, so each has its own two among three neighbours. TAPS 0: any steps, one by one.
-constexpr int RAMP = 64;
 template <int TAPS, typename A>
 struct Across {
     static constexpr int W = WIDTH<A>;
@@ -238,12 +198,16 @@ struct Across {
             slopes[0] = low - one; slopes[1] = one - 2 * low; slopes[2] = low;
         }
     }
-    void take(const Where<A>& where, const A* start, const Tile& t, int j, int x) {
+    void take(const Where<A>& where, const Tile& t, int j, int x) {
+        const Origin<A> from = where.across[j];
+        const A more = A(o.more_x);
         if constexpr (TAPS) {
-            column = where.column[j] - (TAPS == 3) + x; rest = where.rest[j];
-            shares(count + A(x), where.more, share, slope_share);
+            const int first = from.first + t.column, least = -(t.columns + 5), most = o.tw + 2;    // beyond these all is zero
+            column = (first < least ? least : first > most ? most : first) - (TAPS == 3) + x;
+            rest = from.rest + more * A(t.column);
+            shares(count + A(x), more, share, slope_share);
         } else for (int i = 0; i < W; i++) {
-            const Place<A> p = place(start[2 * j], where.more, t.column + x + i, o.tw);
+            const Place<A> p = place(from, more, t.column + x + i, o.tw);
             at[i] = p.low; part[i] = p.share;
         }
     }
@@ -276,12 +240,12 @@ struct Across {
 // region bias
 // scores[j][i] = the bias of the tile's queries i for the keys j: between two rows of the table. From row to row one is kept.
 template <int TAPS, typename A>
-void bias(const Problem& o, const Tile& t, const Table<A>& table, const Where<A>& where, const A* start, int keys, A* scores) {
+void bias(const Problem& o, const Tile& t, const Table<A>& table, const Where<A>& where, int keys, A* scores) {
     constexpr int W = WIDTH<A>;
     Across<TAPS, A> across(o);
     for (int j = 0; j < keys; j++, scores += LINE)
         for (int x = (t.columns - 1) / W * W; x >= 0; x -= W) {       // from the right: what spills over is written again
-            across.take(where, start, t, j, x);
+            across.take(where, t, j, x);
             const int* low = &where.low[j * t.rows];
             const A* share = &where.share[j * t.rows];
             V<A, W> upper{}, lower{};
@@ -295,8 +259,8 @@ void bias(const Problem& o, const Tile& t, const Table<A>& table, const Where<A>
         }
 }
 template <typename A>
-void bias(int taps, const Problem& o, const Tile& t, const Table<A>& table, const Where<A>& where, const A* start, int keys, A* scores) {
-    (taps == 2 ? bias<2, A> : taps == 3 ? bias<3, A> : bias<0, A>)(o, t, table, where, start, keys, scores);
+void bias(int taps, const Problem& o, const Tile& t, const Table<A>& table, const Where<A>& where, int keys, A* scores) {
+    (taps == 2 ? bias<2, A> : taps == 3 ? bias<3, A> : bias<0, A>)(o, t, table, where, keys, scores);
 }
 // How many neighbours a row of queries reads: see `Across`.
 inline int taps(const Problem& o) {
@@ -310,8 +274,7 @@ inline int taps(const Problem& o) {
 template <typename T, typename A>
 void forward(const Problem& o, const T* q, const T* k, const T* v, const A* table, const A* start, T* out, A* sums, int64_t begin, int64_t end) {
     constexpr int W = WIDTH<A>;
-    constexpr A log2e = A(1.4426950408889634074), ln2 = A(0.6931471805599453094);
-    const A scale = A(1 / std::sqrt(double(o.d))) * log2e;
+    const A scale = A(1 / std::sqrt(double(o.d)));
     const Tiles tiles(o);
     const int kind = taps(o);
     Table<A> around;
@@ -326,7 +289,7 @@ void forward(const Problem& o, const T* q, const T* k, const T* v, const A* tabl
         const int64_t bn = unit / tiles.count, b = bn / o.n, n = bn % o.n;
         const Tile t = tiles(unit % tiles.count);
         if (bn != before) {
-            around.take(table + n * o.th * o.tw, log2e);
+            around.take(table + n * o.th * o.tw);
             keys.take(k + b * o.sk.b + n * o.sk.n, o.sk.i, o.sk.d, o.k, o.d);
             values.take(v + b * o.sv.b + n * o.sv.n, o.sv.i, o.sv.d, o.k, o.d);
             before = bn;
@@ -340,16 +303,16 @@ void forward(const Problem& o, const T* q, const T* k, const T* v, const A* tabl
         for (int64_t k0 = 0; k0 < o.k; k0 += KEYS) {
             const int some = std::min<int64_t>(KEYS, o.k - k0);
             where.take(o, t, places + 2 * k0, some);
-            bias(kind, o, t, around, where, places + 2 * k0, some, scores);
+            bias(kind, o, t, around, where, some, scores);
             product(keys(k0), keys.key, keys.channel, queries, LINE, o.d, scores, LINE, some, vectors);
             for (int x = 0; x < vectors * W; x += W) {
                 const V<A, W> old = load<W>(most + x);
                 V<A, W> high = old;
                 for (int j = 0; j < some; j++) { const V<A, W> s = load<W>(scores + j * LINE + x); high = s > high ? s : high; }
-                const V<A, W> shrink = exp2<W, A>(old - high);
+                const V<A, W> shrink = exponential(old - high);
                 V<A, W> all = load<W>(total + x) * shrink;
                 for (int j = 0; j < some; j++) {
-                    const V<A, W> p = exp2<W, A>(load<W>(scores + j * LINE + x) - high);
+                    const V<A, W> p = exponential(load<W>(scores + j * LINE + x) - high);
                     store<W>(scores + j * LINE + x, p);
                     all += p;
                 }
@@ -360,7 +323,7 @@ void forward(const Problem& o, const T* q, const T* k, const T* v, const A* tabl
         }
         T* to = out + bn * o.d * o.q + t.first;
         A* to_sums = sums + bn * o.q + t.first;
-        for (int i = 0; i < t.count; i++) { to_sums[i] = most[i] * ln2 + std::log(total[i]); total[i] = o.k ? 1 / total[i] : A(0); }
+        for (int i = 0; i < t.count; i++) { to_sums[i] = most[i] + std::log(total[i]); total[i] = o.k ? 1 / total[i] : A(0); }
         for (int c = 0; c < o.d; c++, to += o.q) for (int i = 0; i < t.count; i++) to[i] = T(sum[c * LINE + i] * total[i]);
     }
 }
@@ -370,7 +333,7 @@ void forward(const Problem& o, const T* q, const T* k, const T* v, const A* tabl
 // The gradient of the bias: each query gives what it got to the four numbers it read, and its key learns in which direction the
 // bias grows. What rows give to one row of the table is added up in registers first.
 template <int TAPS, typename A>
-void spread(const Problem& o, const Tile& t, const Table<A>& table, const Table<A>& to, const Where<A>& where, const A* start, int keys,
+void spread(const Problem& o, const Tile& t, const Table<A>& table, const Table<A>& to, const Where<A>& where, int keys,
             const A* grads, A* slopes) {
     constexpr int W = WIDTH<A>;
     typedef V<A, W> Vec;
@@ -380,12 +343,12 @@ void spread(const Problem& o, const Tile& t, const Table<A>& table, const Table<
         const int* low = &where.low[j * t.rows];
         const A* share = &where.share[j * t.rows];
         for (int x = 0; x < t.columns + (TAPS ? TAPS - 1 : 0); x += W) {
-            across.take(where, start, t, j, x);
+            across.take(where, t, j, x);
             const Vec place = across.count + A(x);
             Vec give[3], none[3];                          // shares of the neighbour i to the left, for what is given to one number
             if constexpr (TAPS) for (int i = 0; i < TAPS; i++) {
                 Vec all[3];
-                across.shares(place - A(i), where.more, all, none);
+                across.shares(place - A(i), A(o.more_x), all, none);
                 give[i] = (place >= A(i)) & (place < A(t.columns + i)) ? all[i] : Vec{};
             }
             Vec upper{}, lower{}, upper_slope{}, lower_slope{}, here{}, below{};
@@ -435,7 +398,6 @@ template <typename T, typename A>
 void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* v, const A* table, const A* start, const T* out, const A* logs,
               T* to_q, A* to_sums, int64_t begin, int64_t end) {
     constexpr int W = WIDTH<A>;
-    constexpr A log2e = A(1.4426950408889634074), ln2 = A(0.6931471805599453094);
     const A scale = A(1 / std::sqrt(double(o.d)));
     const Tiles tiles(o);
     const int kind = taps(o), d = o.d, dw = wide(o, W);
@@ -449,7 +411,7 @@ void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* 
         const int64_t bn = unit / some_parts, part = unit % some_parts, b = bn / o.n, n = bn % o.n;
         const Sums<A> to(o, to_sums + unit * Sums<A>::size(o));
         std::fill_n(to.keys, 2 * o.k * dw, A(0));
-        around.take(table + n * o.th * o.tw, log2e);
+        around.take(table + n * o.th * o.tw);
         to_around.size(o, tiles.columns);
         keys.take(k + b * o.sk.b + n * o.sk.n, o.sk.i, o.sk.d, o.k, d);
         values.take(v + b * o.sv.b + n * o.sv.n, o.sv.i, o.sv.d, o.k, d);
@@ -463,18 +425,18 @@ void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* 
             const Tile t = tiles(i);
             const int vectors = (t.count + W - 1) / W;
             const int64_t at = bn * d * o.q + t.first;
-            channels_first(q + b * o.sq.b + n * o.sq.n + t.first * o.sq.i, o.sq.i, o.sq.d, t.count, d, scale * log2e, queries);
+            channels_first(q + b * o.sq.b + n * o.sq.n + t.first * o.sq.i, o.sq.i, o.sq.d, t.count, d, scale, queries);
             channels_first(grad + at, 1, o.q, t.count, d, A(1), given);
-            turned(queries, t.count, d, ln2, queries_turned, dw);
-            turned(given, t.count, d, A(1), given_turned, dw);
+            turned(queries, t.count, d, queries_turned, dw);
+            turned(given, t.count, d, given_turned, dw);
             std::fill_n(sum, LINE * d, A(0)); std::fill_n(dot, LINE, A(0));
             std::fill_n(log, LINE, std::numeric_limits<A>::max());         // beyond the tile's queries all weights are zero
-            for (int x = 0; x < t.count; x++) log[x] = logs[bn * o.q + t.first + x] * log2e;
+            for (int x = 0; x < t.count; x++) log[x] = logs[bn * o.q + t.first + x];
             for (int c = 0; c < d; c++) for (int x = 0; x < t.count; x++) dot[x] += given[c * LINE + x] * A(out[at + c * o.q + x]);
             for (int64_t k0 = 0; k0 < o.k; k0 += KEYS) {
                 const int some = std::min<int64_t>(KEYS, o.k - k0);
                 where.take(o, t, places + 2 * k0, some);
-                bias(kind, o, t, around, where, places + 2 * k0, some, weights);
+                bias(kind, o, t, around, where, some, weights);
                 product(keys(k0), keys.key, keys.channel, queries, LINE, d, weights, LINE, some, vectors);
                 for (int j = 0; j < some; j++) std::fill_n(grads + j * LINE, vectors * W, A(0));
                 product(values(k0), values.key, values.channel, given, LINE, d, grads, LINE, some, vectors);
@@ -482,7 +444,7 @@ void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* 
                     const V<A, W> l = load<W>(log + x), mean = load<W>(dot + x);
                     for (int j = 0; j < some; j++) {
                         A *p = weights + j * LINE + x, *g = grads + j * LINE + x;
-                        const V<A, W> weight = exp2<W, A>(load<W>(p) - l);
+                        const V<A, W> weight = exponential(load<W>(p) - l);
                         store<W>(p, weight);
                         store<W>(g, weight * (load<W>(g) - mean));
                     }
@@ -490,14 +452,14 @@ void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* 
                 product(weights, LINE, 1, given_turned, dw, t.count, to.values + k0 * dw, dw, some, dw / W);
                 product(grads, LINE, 1, queries_turned, dw, t.count, to.keys + k0 * dw, dw, some, dw / W);
                 product(keys(k0), keys.channel, keys.key, grads, LINE, some, sum, LINE, d, vectors);
-                (kind == 2 ? spread<2, A> : kind == 3 ? spread<3, A> : spread<0, A>)(o, t, around, to_around, where, places + 2 * k0, some, grads, slopes.at + k0 * 2 * W);
+                (kind == 2 ? spread<2, A> : kind == 3 ? spread<3, A> : spread<0, A>)(o, t, around, to_around, where, some, grads, slopes.at + k0 * 2 * W);
             }
             for (int c = 0; c < d; c++) for (int x = 0; x < t.count; x++) to_q[at + c * o.q + x] = T(sum[c * LINE + x] * scale);
         }
         for (int64_t j = 0; j < 2 * o.k; j++) {
             A all = 0;
             for (int i = 0; i < W; i++) all += slopes.at[j * W + i];
-            to.start[j] = all * ln2;
+            to.start[j] = all;
         }
         for (int y = 0; y < o.th; y++) std::copy_n(to_around.row(y), o.tw, to.table + int64_t(y) * o.tw);
     }

@@ -8,7 +8,6 @@ using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
 // region problem
-
 inline Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& table, Tensor& start,
                        double step_x, double step_y, int64_t h, int64_t w) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && table.dim() == 3 && start.dim() == 4 && start.size(3) == 2,
