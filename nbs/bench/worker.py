@@ -245,11 +245,13 @@ def measure_limits(entry, case, budget, others):
     "Counts of one workload, and what its bare reads and writes take."
     cpu, threads = case['device'] == 'cpu', case['threads']
     sizes = sizes_of(entry, case)
-    count, rows = entry.count(sizes, 4), entry.rows(entry.inputs(sizes, case['points'], torch.Generator().manual_seed(0)))
-    rows = {k: v.to(case['device']) if isinstance(v, torch.Tensor) else v for k, v in rows.items()}
-    gather = native_gather = limits.native_gather(rows, threads) if cpu else None
-    gather = gather or limits.torch_gather(rows)
-    scatter = limits.native_scatter(rows, threads) if cpu else limits.torch_scatter(rows)     # index_add_ on the CPU is no bound: a native op beats it
+    count, gather, native_gather, scatter = entry.count(sizes, 4), None, None, None
+    if entry.rows:
+        rows = entry.rows(entry.inputs(sizes, case['points'], torch.Generator().manual_seed(0)))
+        rows = {k: v.to(case['device']) if isinstance(v, torch.Tensor) else v for k, v in rows.items()}
+        gather = native_gather = limits.native_gather(rows, threads) if cpu else None
+        gather = gather or limits.torch_gather(rows)
+        scatter = limits.native_scatter(rows, threads) if cpu else limits.torch_scatter(rows)     # index_add_ on the CPU is no bound: a native op beats it
     (copy, moved), (multiply, flops) = limits.copy(case['device']), limits.multiply(case['device'])
     def timer(f):
         if not cpu: return on_cuda(f)
@@ -261,8 +263,8 @@ def measure_limits(entry, case, budget, others):
     others()
     got = [statistics.median(o) if o else None for o in (rounds([timer(f)], budget / 4)[0] if f else None for f in (gather, scatter, copy, multiply))]
     mb = lambda x: round(x / 1e6, 3)
-    return dict(case, how='limits.cpp' if native_gather else 'embedding_bag' if cpu else 'embedding_bag and index_add_', samples=count['samples'], operations=count['operations'], gathered_mb=mb(count['gathered']),
-                compulsory_mb={k: mb(v) for k, v in count['compulsory'].items()}, gather_ms=round(got[0] * 1e3, 5), scatter_ms=got[1] and round(got[1] * 1e3, 5),
+    return dict(case, how='' if not gather else 'limits.cpp' if native_gather else 'embedding_bag' if cpu else 'embedding_bag and index_add_', samples=count['samples'], operations=count['operations'], gathered_mb=mb(count['gathered']),
+                compulsory_mb={k: mb(v) for k, v in count['compulsory'].items()}, gather_ms=got[0] and round(got[0] * 1e3, 5), scatter_ms=got[1] and round(got[1] * 1e3, 5),
                 copy_gb_s=round(moved / got[2] / 1e9, 2), gflops=round(flops / got[3] / 1e9, 1), others=others())
 
 def run(job, entry=None):
@@ -277,7 +279,7 @@ def run(job, entry=None):
         with contextlib.suppress(ops.Missing): prepare(entry, name, arguments(entry, cases[0]))      # imports what the peers need
     if job.get('memory') and job['device'] == 'cpu' and Path('/proc/self/clear_refs').exists():
         for case in cases:
-            if case['points'] != 'near' or case['direction'] == 'bwd' or 'against' in case: continue
+            if case['points'] != entry.points[0] or case['direction'] == 'bwd' or 'against' in case: continue
             for name in job['implementations']: memory[name, case['workload'], case['dtype'], case['direction']] = forked(functools.partial(peak_here, entry, name, case))
             say(f"  memory of {case['workload']} {case['dtype']} {case['direction']}")
     torch.set_num_threads(job['threads'])
@@ -300,7 +302,7 @@ def run(job, entry=None):
                 out['limits'].append(measure_limits(entry, case, job['budget'], others))
                 out['limits'][-1].pop('sizes', None)
                 workload = case['workload']
-                say(f"  limits of {workload} {points}: gather {out['limits'][-1]['gather_ms']:.3g} ms")
+                say(f"  limits of {workload} {points}: copies {out['limits'][-1]['copy_gb_s']} GB/s")
     return out
 
 def main():
