@@ -1,15 +1,15 @@
 // The CUDA kernels, without any host code or header of PyTorch, so that NVRTC compiles this file alone.
 #pragma once
-#include "words.h"
+#include "cuda.h"
 #include "deformed_keys.h"
 
 namespace deformlit {
 namespace deformed_keys {
 
-// region cuda_tile
+// region deformed_cuda_tile
 // A block has 64 queries of one head, and takes its keys 32 at a time (or the other way round). Its 256 threads stand in 16
 // lines of 16: thread (line, lane) has the queries 4 line to 4 line + 3, and the keys lane and lane + 16.
-constexpr int THREADS = 256, QUERIES = 64, KEYS = 32, DEEP = 16, CHANNELS = 32;
+constexpr int QUERIES = 64, KEYS = 32, DEEP = 16, CHANNELS = 32;
 
 struct Me {
     int line, lane;
@@ -51,9 +51,9 @@ __device__ void products(const T* a, Strides sa, i64 queries, const T* b, Stride
                 for (int j = 0; j < 2; j++) to.x[i][j] += room.query[x][me.query(i)] * room.key[x][me.key(j)];
     }
 }
-// endregion cuda_tile
+// endregion deformed_cuda_tile
 
-// region cuda_bias
+// region deformed_cuda_bias
 // The four numbers of the table around the place where query (qx, qy) reads, and the two shares.
 template <typename A>
 struct Reading {
@@ -84,9 +84,9 @@ struct Work {
 };
 __device__ __forceinline__ i64 works(const Problem& o, i64 count, int each) { return o.b * o.n * ((count + each - 1) / each) * ((o.d + CHANNELS - 1) / CHANNELS); }
 template <typename T> __device__ __forceinline__ const T* head(const T* x, const Strides& s, const Work& at, i64 first) { return x + at.b * s.b + at.n * s.n + first * s.i; }
-// endregion cuda_bias
+// endregion deformed_cuda_bias
 
-// region cuda_forward
+// region deformed_cuda_forward
 template <typename T, typename A>
 __device__ void forward(const Problem& o, const T* q, const T* k, const T* v, const A* table, const A* start, T* out, A* sums) {
     __shared__ Room<A> room;
@@ -106,7 +106,7 @@ __device__ void forward(const Problem& o, const T* q, const T* k, const T* v, co
                 const Origin<A> x = origin(there ? places[2 * key] : A(0)), y = origin(there ? places[2 * key + 1] : A(0));
                 for (int i = 0; i < 4; i++) {
                     const i64 query = at.first + me.query(i);
-                    s.x[i][j] = there ? s.x[i][j] * scale + Reading<A>(o, numbers, x, y, int(query % o.w), int(query / o.w)).value() : A(-1. / 0.);
+                    s.x[i][j] = there ? s.x[i][j] * scale + Reading<A>(o, numbers, x, y, int(query % o.w), int(query / o.w)).value() : -A(__uint_as_float(0x7f800000u));
                 }
             }
             __syncthreads();
@@ -133,9 +133,9 @@ __device__ void forward(const Problem& o, const T* q, const T* k, const T* v, co
         }
     }
 }
-// endregion cuda_forward
+// endregion deformed_cuda_forward
 
-// region cuda_backward
+// region deformed_cuda_backward
 // The table's gradient is a sum of very many, added by all blocks at once. Integers can be added in any order: each share times
 // `scale`, a power of two so large that the sum of all cannot overflow. For one query the weights of all keys add up to 1, so
 // there are as many as queries, and each is at most twice the product of the largest gradient and value, times channels.
@@ -216,7 +216,7 @@ __device__ void to_queries(const Problem& o, const Given<T, A>& g, T* to_q, cons
                 const Reading<A> r(o, numbers, origin(places[2 * key]), origin(places[2 * key + 1]), int(query % o.w), int(query / o.w));
                 for (int y = 0; y < 2; y++) for (int x = 0; x < 2; x++) if (r.inside(o, y, x)) {
                     const A give = r.share(y, x) * grad.x[i][j];
-                    if (isfinite(give)) atomicAdd((unsigned long long*)fixed.sum + (at.n * o.th + r.y + y) * o.tw + r.x + x, (unsigned long long)(i64)rint(double(give) * whole_scale));
+                    if (isfinite(give)) atomicAdd((unsigned long long*)fixed.sum + (at.n * o.th + r.y + y) * o.tw + r.x + x, (unsigned long long)llrint(double(give) * whole_scale));
                     else atomicOr(fixed.mark + at.n, 1);
                 }
             }
@@ -290,7 +290,7 @@ template <typename A>
 __device__ void finish(const Problem& o, const Fixed& fixed, const A* from_start, A* to_table, A* to_start) {
     const double scale = fixed_scale(o, (const A*)fixed.largest);
     const i64 size = i64(o.th) * o.tw, first = blockIdx.x * i64(THREADS) + threadIdx.x, all = i64(gridDim.x) * THREADS;
-    for (i64 e = first; e < o.n * size; e += all) to_table[e] = fixed.mark[e / size] ? A(0. / 0.) : A(double(fixed.sum[e]) / scale);
+    for (i64 e = first; e < o.n * size; e += all) to_table[e] = fixed.mark[e / size] ? A(__uint_as_float(0x7fc00000u)) : A(double(fixed.sum[e]) / scale);
     const int m = o.n / o.g;
     for (i64 e = first; e < o.b * o.g * o.k * 2; e += all) {
         const i64 bg = e / (o.k * 2), j = e % (o.k * 2);
@@ -299,22 +299,26 @@ __device__ void finish(const Problem& o, const Fixed& fixed, const A* from_start
         to_start[e] = sum;
     }
 }
-// endregion cuda_backward
+// endregion deformed_cuda_backward
 
-// region names
-#define KERNELS(name, T, A)                                                                                                          \
-    extern "C" __global__ __launch_bounds__(THREADS) void dk_forward_##name(Problem o, const T* q, const T* k, const T* v, const A* table, const A* start, T* out, A* sums) { forward(o, q, k, v, table, start, out, sums); } \
-    extern "C" __global__ __launch_bounds__(THREADS) void dk_largest_##name(const T* x, Strides s, i64 b, int n, i64 count, int d, A* to) { largest(x, s, b, n, count, d, to); }                                             \
-    extern "C" __global__ __launch_bounds__(THREADS) void dk_dots_##name(Problem o, const T* grad, const T* out, A* to) { dots(o, grad, out, to); }                                                                           \
-    extern "C" __global__ __launch_bounds__(THREADS) void dk_queries_##name(Problem o, Given<T, A> g, T* to_q, Fixed fixed) { to_queries(o, g, to_q, fixed); }                                                                \
-    extern "C" __global__ __launch_bounds__(THREADS) void dk_keys_##name(Problem o, Given<T, A> g, T* to_k, T* to_v, A* to_start) { to_keys(o, g, to_k, to_v, to_start); }                                                    \
-    extern "C" __global__ __launch_bounds__(THREADS) void dk_finish_##name(Problem o, Fixed fixed, const A* from_start, A* to_table, A* to_start) { finish(o, fixed, from_start, to_table, to_start); }
+// region deformed_names
+#define KERNEL(name) extern "C" __global__ __launch_bounds__(THREADS) void name
+#define KERNELS(name, T, A)                                                                                                   \
+    KERNEL(dk_forward_##name)(Problem o, const T* q, const T* k, const T* v, const A* table, const A* start, T* out, A* sums) \
+        { forward(o, q, k, v, table, start, out, sums); }                                                                     \
+    KERNEL(dk_largest_##name)(const T* x, Strides s, i64 b, int n, i64 count, int d, A* to) { largest(x, s, b, n, count, d, to); } \
+    KERNEL(dk_dots_##name)(Problem o, const T* grad, const T* out, A* to) { dots(o, grad, out, to); }                         \
+    KERNEL(dk_queries_##name)(Problem o, Given<T, A> g, T* to_q, Fixed fixed) { to_queries(o, g, to_q, fixed); }              \
+    KERNEL(dk_keys_##name)(Problem o, Given<T, A> g, T* to_k, T* to_v, A* to_start) { to_keys(o, g, to_k, to_v, to_start); }  \
+    KERNEL(dk_finish_##name)(Problem o, Fixed fixed, const A* from_start, A* to_table, A* to_start)                           \
+        { finish(o, fixed, from_start, to_table, to_start); }
 KERNELS(f32, float, float)
 KERNELS(f64, double, double)
 KERNELS(f16, F16, float)
 KERNELS(bf16, BF16, float)
+#undef KERNEL
 #undef KERNELS
-// endregion names
+// endregion deformed_names
 
 }  // namespace deformed_keys
 }  // namespace deformlit
