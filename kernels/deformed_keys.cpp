@@ -52,11 +52,9 @@ void run_back(const Problem& o, const Tensor& grad, const Tensor& q, const Tenso
     const A* tables = all + size - table_size;             // of the first unit
     for (int64_t i = 0; i < o.b * o.g; i++)                // the heads of a group, with all their parts
         baseline::add_up(tables - 2 * o.k + i * (o.n / o.g) * parts * size, 2 * o.k, size, o.n / o.g * parts, to_start + i * 2 * o.k);
-    if (o.b) for (int64_t n = 0; n < o.n; n++) {           // all images, part by part
-        baseline::add_up(tables + n * parts * size, table_size, o.n * parts * size, o.b, to_table + n * table_size);
-        for (int64_t p = 1; p < parts; p++) for (int64_t b = 0; b < o.b; b++) for (int64_t i = 0; i < table_size; i++)
-            to_table[n * table_size + i] += tables[((b * o.n + n) * parts + p) * size + i];
-    } else std::fill_n(to_table, o.n * table_size, A(0));
+    for (int64_t n = 0; n < o.n; n++)                      // all images
+        for (int64_t p = 0; p < parts; p++)
+            baseline::add_up(tables + (n * parts + p) * size, table_size, o.n * parts * size, o.b, to_table + n * table_size, p > 0);
 }
 
 std::tuple<Tensor, Tensor> deformed_keys(Tensor q, Tensor k, Tensor v, Tensor table, Tensor start, double step_x, double step_y, int64_t h, int64_t w) {

@@ -61,7 +61,7 @@ DEFORMLIT_INLINE Place<A> place(Origin<A> o, A more, int i, int size) {
 // region between
 // Between two neighbours: numbers or, on the CPU, vectors of numbers.
 template <typename V, typename S>
-DEFORMLIT_INLINE V between(V a, V b, S share) { return a + share * (b - a); }
+DEFORMLIT_INLINE V between(V a, V b, S share) { return (1 - share) * a + share * b; }
 // endregion between
 
 }  // namespace deformed_keys

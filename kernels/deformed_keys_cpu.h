@@ -482,8 +482,8 @@ void finish_keys(const Problem& o, const A* sums, T* to_k, T* to_v, int64_t begi
 }
 // and of the places and the tables, where `stride` units later comes the next that adds to the same numbers.
 template <typename A>
-void add_up(const A* from, int64_t count, int64_t stride, int64_t units, A* to) {
-    std::copy_n(from, count, to);
-    for (int64_t u = 1; u < units; u++) for (int64_t i = 0; i < count; i++) to[i] += from[u * stride + i];
+void add_up(const A* from, int64_t count, int64_t stride, int64_t units, A* to, bool more = false) {
+    if (!more) std::fill_n(to, count, A(0));
+    for (int64_t u = 0; u < units; u++) for (int64_t i = 0; i < count; i++) to[i] += from[u * stride + i];
 }
 // endregion backward
