@@ -22,16 +22,19 @@ namespace deformed_keys {
 #define KERNEL "deformed_keys_cpu.h"
 #include "isa.h"
 
-// region cpu
+// region deformed_cpu
 template <typename T, typename A>
-void run(const Problem& o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table, const Tensor& start, Tensor& out, Tensor& sums) {
+void run(const Problem& o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table, const Tensor& start,
+         Tensor& out, Tensor& sums) {
     const auto kernel = BEST(forward<T, A>);
     const T *from_q = (const T*)q.data_ptr(), *from_k = (const T*)k.data_ptr(), *from_v = (const T*)v.data_ptr();
     const A *numbers = (const A*)table.data_ptr(), *places = (const A*)start.data_ptr();
     T* to = (T*)out.data_ptr();
     A* to_sums = (A*)sums.data_ptr();
     const int64_t tiles = baseline::Tiles(o).count;
-    in_pieces(o.b * o.n * tiles, 1, [&](int64_t begin, int64_t end) { kernel(o, from_q, from_k, from_v, numbers, places, to, to_sums, begin, end); });
+    in_pieces(o.b * o.n * tiles, 1, [&](int64_t begin, int64_t end) {
+        kernel(o, from_q, from_k, from_v, numbers, places, to, to_sums, begin, end);
+    });
 }
 
 template <typename T, typename A>
@@ -42,11 +45,14 @@ void run_back(const Problem& o, const Tensor& grad, const Tensor& q, const Tenso
     const int64_t parts = baseline::parts(o), size = BEST(Sums<A>::size(o)), units = o.b * o.n * parts, table_size = int64_t(o.th) * o.tw;
     const std::unique_ptr<A[]> sums(new A[units * size]);
     A* all = sums.get();
-    const T *g = (const T*)grad.data_ptr(), *from_q = (const T*)q.data_ptr(), *from_k = (const T*)k.data_ptr(), *from_v = (const T*)v.data_ptr(), *result = (const T*)out.data_ptr();
+    const T *g = (const T*)grad.data_ptr(), *result = (const T*)out.data_ptr();
+    const T *from_q = (const T*)q.data_ptr(), *from_k = (const T*)k.data_ptr(), *from_v = (const T*)v.data_ptr();
     const A *numbers = (const A*)table.data_ptr(), *places = (const A*)start.data_ptr(), *log = (const A*)logs.data_ptr();
     T *to_q = (T*)std::get<0>(to).data_ptr(), *to_k = (T*)std::get<1>(to).data_ptr(), *to_v = (T*)std::get<2>(to).data_ptr();
     A *to_table = (A*)std::get<3>(to).data_ptr(), *to_start = (A*)std::get<4>(to).data_ptr();
-    in_pieces(units, 1, [&](int64_t begin, int64_t end) { kernel(o, g, from_q, from_k, from_v, numbers, places, result, log, to_q, all, begin, end); });
+    in_pieces(units, 1, [&](int64_t begin, int64_t end) {
+        kernel(o, g, from_q, from_k, from_v, numbers, places, result, log, to_q, all, begin, end);
+    });
     in_pieces(o.b * o.n, std::max<int64_t>(1, WORTH_A_THREAD / std::max<int64_t>(1, 4 * o.k * o.d * parts)),
               [&](int64_t begin, int64_t end) { finish(o, all, to_k, to_v, begin, end); });
     const A* tables = all + size - table_size;             // of the first unit
@@ -57,7 +63,8 @@ void run_back(const Problem& o, const Tensor& grad, const Tensor& q, const Tenso
             baseline::add_up(tables + (n * parts + p) * size, table_size, o.n * parts * size, o.b, to_table + n * table_size, p > 0);
 }
 
-std::tuple<Tensor, Tensor> deformed_keys(Tensor q, Tensor k, Tensor v, Tensor table, Tensor start, double step_x, double step_y, int64_t h, int64_t w) {
+std::tuple<Tensor, Tensor> deformed_keys(Tensor q, Tensor k, Tensor v, Tensor table, Tensor start,
+                                         double step_x, double step_y, int64_t h, int64_t w) {
     const Problem o = problem(q, k, v, table, start, step_x, step_y, h, w);
     Tensor out = like(q, {o.b, o.n, o.d, o.q}), sums = like(table, {o.b, o.n, o.q});
     switch (q.scalar_type()) {
@@ -87,7 +94,7 @@ STABLE_TORCH_LIBRARY_IMPL(deformlit, CPU, m) {
     m.impl("deformed_keys", TORCH_BOX(&deformed_keys));
     m.impl("deformed_keys_backward", TORCH_BOX(&deformed_keys_backward));
 }
-// endregion cpu
+// endregion deformed_cpu
 
 }  // namespace deformed_keys
 }  // namespace deformlit

@@ -211,9 +211,12 @@ struct Across {
             at[i] = p.low; part[i] = p.share;
         }
     }
+    Vec three(const A* row, const Vec* s) const {
+        return s[0] * load<W>(row + column) + s[1] * load<W>(row + column + 1) + s[2] * load<W>(row + column + 2);
+    }
     Vec read(const A* row) const {
         if constexpr (TAPS == 2) { const Vec a = load<W>(row + column), b = load<W>(row + column + 1); return between(a, b, rest); }
-        else if constexpr (TAPS == 3) return share[0] * load<W>(row + column) + share[1] * load<W>(row + column + 1) + share[2] * load<W>(row + column + 2);
+        else if constexpr (TAPS == 3) return three(row, share);
         else {
             A a[W], b[W];
             for (int i = 0; i < W; i++) { a[i] = row[at[i]]; b[i] = row[at[i] + 1]; }
@@ -222,7 +225,7 @@ struct Across {
     }
     Vec slope(const A* row) const {
         if constexpr (TAPS == 2) return load<W>(row + column + 1) - load<W>(row + column);
-        else if constexpr (TAPS == 3) return slope_share[0] * load<W>(row + column) + slope_share[1] * load<W>(row + column + 1) + slope_share[2] * load<W>(row + column + 2);
+        else if constexpr (TAPS == 3) return three(row, slope_share);
         else {
             A a[W], b[W];
             for (int i = 0; i < W; i++) { a[i] = row[at[i]]; b[i] = row[at[i] + 1]; }
@@ -269,7 +272,7 @@ inline int taps(const Problem& o) {
 }
 // endregion bias
 
-// region forward
+// region deformed_forward
 // The tiles `begin` to `end` of all images and heads.
 template <typename T, typename A>
 void forward(const Problem& o, const T* q, const T* k, const T* v, const A* table, const A* start, T* out, A* sums, int64_t begin, int64_t end) {
@@ -327,9 +330,9 @@ void forward(const Problem& o, const T* q, const T* k, const T* v, const A* tabl
         for (int c = 0; c < o.d; c++, to += o.q) for (int i = 0; i < t.count; i++) to[i] = T(sum[c * LINE + i] * total[i]);
     }
 }
-// endregion forward
+// endregion deformed_forward
 
-// region spread
+// region deformed_spread
 // The gradient of the bias: each query gives what it got to the four numbers it read, and its key learns in which direction the
 // bias grows. What rows give to one row of the table is added up in registers first.
 template <int TAPS, typename A>
@@ -377,7 +380,7 @@ void spread(const Problem& o, const Tile& t, const Table<A>& table, const Table<
         store<W>(slopes, along_x); store<W>(slopes + W, along_y);
     }
 }
-// endregion spread
+// endregion deformed_spread
 
 // region sums
 // What one unit of work adds up: for the keys and values of its head, for where they are read, and for the table.
@@ -386,13 +389,16 @@ template <typename A>
 struct Sums {
     A *keys, *values, *start, *table;
     static int64_t size(const Problem& o) { return 2 * o.k * wide(o, WIDTH<A>) + 2 * o.k + int64_t(o.th) * o.tw; }
-    Sums(const Problem& o, A* at) : keys(at), values(keys + o.k * wide(o, WIDTH<A>)), start(values + o.k * wide(o, WIDTH<A>)), table(start + 2 * o.k) {}
+    Sums(const Problem& o, A* at)
+        : keys(at), values(keys + o.k * wide(o, WIDTH<A>)), start(values + o.k * wide(o, WIDTH<A>)), table(start + 2 * o.k) {}
 };
 // A unit is an image, a head, and one of `parts` stretches of its queries: more than one where images and heads are few.
-inline int64_t parts(const Problem& o) { return std::min<int64_t>(Tiles(o).count, std::max<int64_t>(1, 8 / std::max<int64_t>(1, o.b * o.n))); }
+inline int64_t parts(const Problem& o) {
+    return std::min<int64_t>(Tiles(o).count, std::max<int64_t>(1, 8 / std::max<int64_t>(1, o.b * o.n)));
+}
 // endregion sums
 
-// region backward
+// region deformed_backward
 // The units `begin` to `end`. A tile's queries belong to one unit, and all that units share goes to sums of their own.
 template <typename T, typename A>
 void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* v, const A* table, const A* start, const T* out, const A* logs,
@@ -418,8 +424,9 @@ void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* 
         slopes.take(o.k * 2 * W);
         room.take(RIM + LINE * (2 * KEYS + 3 * d + 2) + RIM);
         turned_room.take(2 * TILE * dw);
-        A *weights = room.at + RIM, *grads = weights + LINE * KEYS, *queries = grads + LINE * KEYS, *given = queries + LINE * d, *sum = given + LINE * d;
-        A *log = sum + LINE * d, *dot = log + LINE, *queries_turned = turned_room.at, *given_turned = queries_turned + TILE * dw;
+        A *weights = room.at + RIM, *grads = weights + LINE * KEYS, *queries = grads + LINE * KEYS, *given = queries + LINE * d;
+        A *sum = given + LINE * d, *log = sum + LINE * d, *dot = log + LINE;
+        A *queries_turned = turned_room.at, *given_turned = queries_turned + TILE * dw;
         const A* places = start + 2 * (b * o.g + n / (o.n / o.g)) * o.k;
         for (int64_t i = tiles.count * part / some_parts; i < tiles.count * (part + 1) / some_parts; i++) {
             const Tile t = tiles(i);
@@ -452,7 +459,8 @@ void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* 
                 product(weights, LINE, 1, given_turned, dw, t.count, to.values + k0 * dw, dw, some, dw / W);
                 product(grads, LINE, 1, queries_turned, dw, t.count, to.keys + k0 * dw, dw, some, dw / W);
                 product(keys(k0), keys.channel, keys.key, grads, LINE, some, sum, LINE, d, vectors);
-                (kind == 2 ? spread<2, A> : kind == 3 ? spread<3, A> : spread<0, A>)(o, t, around, to_around, where, some, grads, slopes.at + k0 * 2 * W);
+                const auto spread_all = kind == 2 ? spread<2, A> : kind == 3 ? spread<3, A> : spread<0, A>;
+                spread_all(o, t, around, to_around, where, some, grads, slopes.at + k0 * 2 * W);
             }
             for (int c = 0; c < d; c++) for (int x = 0; x < t.count; x++) to_q[at + c * o.q + x] = T(sum[c * LINE + x] * scale);
         }
@@ -486,4 +494,4 @@ void add_up(const A* from, int64_t count, int64_t stride, int64_t units, A* to, 
     if (!more) std::fill_n(to, count, A(0));
     for (int64_t u = 0; u < units; u++) for (int64_t i = 0; i < count; i++) to[i] += from[u * stride + i];
 }
-// endregion backward
+// endregion deformed_backward

@@ -62,10 +62,15 @@ struct Reading {
     __device__ __forceinline__ Reading(const Problem& o, const A* table, Origin<A> ox, Origin<A> oy, int qx, int qy) {
         const Place<A> px = place(ox, A(o.more_x), qx, o.tw), py = place(oy, A(o.more_y), qy, o.th);
         x = px.low; y = py.low; share_x = px.share; share_y = py.share;
-        for (int r = 0; r < 2; r++) for (int c = 0; c < 2; c++) at[r][c] = inside(o, r, c) ? table[i64(y + r) * o.tw + x + c] : A(0);
+        for (int r = 0; r < 2; r++)
+            for (int c = 0; c < 2; c++) at[r][c] = inside(o, r, c) ? table[i64(y + r) * o.tw + x + c] : A(0);
     }
-    __device__ __forceinline__ bool inside(const Problem& o, int r, int c) const { return unsigned(x + c) < unsigned(o.tw) && unsigned(y + r) < unsigned(o.th); }
-    __device__ __forceinline__ A value() const { return between(between(at[0][0], at[0][1], share_x), between(at[1][0], at[1][1], share_x), share_y); }
+    __device__ __forceinline__ bool inside(const Problem& o, int r, int c) const {
+        return unsigned(x + c) < unsigned(o.tw) && unsigned(y + r) < unsigned(o.th);
+    }
+    __device__ __forceinline__ A value() const {
+        return between(between(at[0][0], at[0][1], share_x), between(at[1][0], at[1][1], share_x), share_y);
+    }
     __device__ __forceinline__ A slope_x() const { return between(at[0][1] - at[0][0], at[1][1] - at[1][0], share_y); }
     __device__ __forceinline__ A slope_y() const { return between(at[1][0] - at[0][0], at[1][1] - at[0][1], share_x); }
     __device__ __forceinline__ A share(int r, int c) const { return (c ? share_x : 1 - share_x) * (r ? share_y : 1 - share_y); }
@@ -82,8 +87,13 @@ struct Work {
         n = i % o.n; b = i / o.n;
     }
 };
-__device__ __forceinline__ i64 works(const Problem& o, i64 count, int each) { return o.b * o.n * ((count + each - 1) / each) * ((o.d + CHANNELS - 1) / CHANNELS); }
-template <typename T> __device__ __forceinline__ const T* head(const T* x, const Strides& s, const Work& at, i64 first) { return x + at.b * s.b + at.n * s.n + first * s.i; }
+__device__ __forceinline__ i64 works(const Problem& o, i64 count, int each) {
+    return o.b * o.n * ((count + each - 1) / each) * ((o.d + CHANNELS - 1) / CHANNELS);
+}
+template <typename T>
+__device__ __forceinline__ const T* head(const T* x, const Strides& s, const Work& at, i64 first) {
+    return x + at.b * s.b + at.n * s.n + first * s.i;
+}
 // endregion deformed_cuda_bias
 
 // region deformed_cuda_forward
@@ -106,13 +116,17 @@ __device__ void forward(const Problem& o, const T* q, const T* k, const T* v, co
                 const Origin<A> x = origin(there ? places[2 * key] : A(0)), y = origin(there ? places[2 * key + 1] : A(0));
                 for (int i = 0; i < 4; i++) {
                     const i64 query = at.first + me.query(i);
-                    s.x[i][j] = there ? s.x[i][j] * scale + Reading<A>(o, numbers, x, y, int(query % o.w), int(query / o.w)).value() : -A(__uint_as_float(0x7f800000u));
+                    const Reading<A> r(o, numbers, x, y, int(query % o.w), int(query / o.w));
+                    s.x[i][j] = there ? s.x[i][j] * scale + r.value() : -A(__uint_as_float(0x7f800000u));
                 }
             }
             __syncthreads();
             for (int i = 0; i < 4; i++) {
                 A high = s.x[i][0] > s.x[i][1] ? s.x[i][0] : s.x[i][1];
-                for (int step = 8; step; step /= 2) { const A other = __shfl_xor_sync(0xffffffffu, high, step); high = other > high ? other : high; }
+                for (int step = 8; step; step /= 2) {
+                    const A other = __shfl_xor_sync(0xffffffffu, high, step);
+                    high = other > high ? other : high;
+                }
                 high = most[i] > high ? most[i] : high;
                 const A shrink = exp(most[i] - high), p[2] = {exp(s.x[i][0] - high), exp(s.x[i][1] - high)};
                 A all = p[0] + p[1];
@@ -128,7 +142,10 @@ __device__ void forward(const Problem& o, const T* q, const T* k, const T* v, co
         for (int i = 0; i < 4; i++) {
             const i64 query = at.first + me.query(i), bn = at.b * o.n + at.n;
             if (query >= o.q) continue;
-            for (int j = 0; j < 2; j++) if (at.channel + me.key(j) < o.d) narrow(o.k ? sum[i][j] / total[i] : A(0), out[(bn * o.d + at.channel + me.key(j)) * o.q + query]);
+            for (int j = 0; j < 2; j++) {
+                const int c = at.channel + me.key(j);
+                if (c < o.d) narrow(o.k ? sum[i][j] / total[i] : A(0), out[(bn * o.d + c) * o.q + query]);
+            }
             if (me.lane == 0 && at.channel == 0) sums[bn * o.q + query] = most[i] + log(total[i]);
         }
     }
@@ -216,7 +233,8 @@ __device__ void to_queries(const Problem& o, const Given<T, A>& g, T* to_q, cons
                 const Reading<A> r(o, numbers, origin(places[2 * key]), origin(places[2 * key + 1]), int(query % o.w), int(query / o.w));
                 for (int y = 0; y < 2; y++) for (int x = 0; x < 2; x++) if (r.inside(o, y, x)) {
                     const A give = r.share(y, x) * grad.x[i][j];
-                    if (isfinite(give)) atomicAdd((unsigned long long*)fixed.sum + (at.n * o.th + r.y + y) * o.tw + r.x + x, (unsigned long long)llrint(double(give) * whole_scale));
+                    i64* to = fixed.sum + (at.n * o.th + r.y + y) * o.tw + r.x + x;
+                    if (isfinite(give)) atomicAdd((unsigned long long*)to, (unsigned long long)llrint(double(give) * whole_scale));
                     else atomicOr(fixed.mark + at.n, 1);
                 }
             }
@@ -263,7 +281,8 @@ __device__ void to_keys(const Problem& o, const Given<T, A>& g, T* to_k, T* to_v
                 else fetch_tile<true, QUERIES, CHANNELS>(head(g.grad, sg, at, q0), sg.i, sg.d, o.q - q0, at.channel, o.d, room.part);
                 __syncthreads();
                 for (int e = 0; e < QUERIES; e++)
-                    for (int i = 0; i < 2; i++) for (int j = 0; j < 2; j++) (two ? keys : values)[i][j] += room.score[me.line + 16 * i][e] * room.part[e][me.key(j)];
+                    for (int i = 0; i < 2; i++)
+                        for (int j = 0; j < 2; j++) (two ? keys : values)[i][j] += room.score[me.line + 16 * i][e] * room.part[e][me.key(j)];
             }
         }
         for (int i = 0; i < 2; i++) for (int j = 0; j < 2; j++) {
@@ -290,7 +309,8 @@ template <typename A>
 __device__ void finish(const Problem& o, const Fixed& fixed, const A* from_start, A* to_table, A* to_start) {
     const double scale = fixed_scale(o, (const A*)fixed.largest);
     const i64 size = i64(o.th) * o.tw, first = blockIdx.x * i64(THREADS) + threadIdx.x, all = i64(gridDim.x) * THREADS;
-    for (i64 e = first; e < o.n * size; e += all) to_table[e] = fixed.mark[e / size] ? A(__uint_as_float(0x7fc00000u)) : A(double(fixed.sum[e]) / scale);
+    for (i64 e = first; e < o.n * size; e += all)
+        to_table[e] = fixed.mark[e / size] ? A(__uint_as_float(0x7fc00000u)) : A(double(fixed.sum[e]) / scale);
     const int m = o.n / o.g;
     for (i64 e = first; e < o.b * o.g * o.k * 2; e += all) {
         const i64 bg = e / (o.k * 2), j = e % (o.k * 2);

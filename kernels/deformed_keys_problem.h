@@ -7,60 +7,64 @@ namespace deformed_keys {
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
-// region problem
+// region deformed_problem
+inline bool shaped(const Tensor& x, std::initializer_list<int64_t> shape) {
+    if (x.dim() != int64_t(shape.size())) return false;
+    int64_t i = 0;
+    for (int64_t size : shape) if (x.size(i++) != size) return false;
+    return true;
+}
+inline void check_kind(const char* name, const Tensor& x, ScalarType t, const Tensor& q) {
+    STD_TORCH_CHECK(x.scalar_type() == t, "deformed_keys: `", name, "` must have the dtype of q; table, start and sums float32 with halves");
+    STD_TORCH_CHECK(x.is_cpu() == q.is_cpu() && x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(),
+                    "deformed_keys: `", name, "` must be on the device of q");
+    const int size = t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2;
+    STD_TORCH_CHECK((uintptr_t)x.data_ptr() % size == 0, "deformed_keys: the memory of `", name, "` begins within a number");
+}
+inline ScalarType whole_type(const Tensor& q) { return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
 inline Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& table, Tensor& start,
                        double step_x, double step_y, int64_t h, int64_t w) {
-    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && table.dim() == 3 && start.dim() == 4 && start.size(3) == 2,
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && table.dim() == 3 && start.dim() == 4,
                     "deformed_keys: expected q `b n q d`, k and v `b n k d`, table `n th tw` and start `b g k 2`");
     constexpr int64_t most = int64_t(1) << 22;
-    STD_TORCH_CHECK(h > 0 && w > 0 && h < most && w < most && q.size(2) == h * w, "deformed_keys: `h` times `w` must be the number of queries, each below 2^22");
-    STD_TORCH_CHECK(table.size(1) > 0 && table.size(2) > 0 && table.size(1) < most && table.size(2) < most && k.size(2) < most && q.size(3) < most && q.size(1) < most,
-                    "deformed_keys: sizes of the table must be above zero, and all sizes below 2^22");
-    Problem o{};
-    o.b = q.size(0); o.n = q.size(1); o.q = q.size(2); o.d = q.size(3); o.k = k.size(2); o.g = start.size(1);
-    o.h = h; o.w = w; o.th = table.size(1); o.tw = table.size(2);
-    for (const Tensor* x : {&k, &v})
-        STD_TORCH_CHECK(x->size(0) == o.b && x->size(1) == o.n && x->size(2) == o.k && x->size(3) == o.d, "deformed_keys: k and v must be `b n k d`, as q is `b n q d`");
-    STD_TORCH_CHECK(table.size(0) == o.n && start.size(0) == o.b && start.size(2) == o.k, "deformed_keys: `table` must have a row of heads, `start` the images and keys");
-    STD_TORCH_CHECK(o.d > 0 && o.g > 0 && o.n % o.g == 0, "deformed_keys: there must be channels, and groups that divide the heads");
-    STD_TORCH_CHECK(step_x - step_x == 0 && step_y - step_y == 0 && step_x > -most && step_x < most && step_y > -most && step_y < most, "deformed_keys: steps must be finite and below 2^22");
-    o.more_x = step_x - 1; o.more_y = step_y - 1;
-
-    const ScalarType t = q.scalar_type(), a = t == ScalarType::Double ? t : ScalarType::Float;
+    for (int64_t size : {h, w, table.size(1), table.size(2), q.size(3)})
+        STD_TORCH_CHECK(size > 0 && size < most, "deformed_keys: sizes of map, table and channels must be above zero and below 2^22");
+    const int64_t b = q.size(0), n = q.size(1), d = q.size(3), keys = k.size(2), g = start.size(1);
+    STD_TORCH_CHECK(q.size(2) == h * w && n < most && keys < most, "deformed_keys: q must have `h` times `w` queries, heads and keys be below 2^22");
+    STD_TORCH_CHECK(shaped(k, {b, n, keys, d}) && shaped(v, {b, n, keys, d}), "deformed_keys: k and v must be `b n k d`, as q is `b n q d`");
+    STD_TORCH_CHECK(table.size(0) == n && shaped(start, {b, g, keys, 2}), "deformed_keys: `table` must be `n th tw`, and `start` `b g k 2`");
+    STD_TORCH_CHECK(g > 0 && n % g == 0, "deformed_keys: `start` must have groups that divide the heads");
+    for (double step : {step_x, step_y}) STD_TORCH_CHECK(step > -most && step < most, "deformed_keys: a step must be a number below 2^22");
+    const ScalarType t = q.scalar_type();
     STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16,
                     "deformed_keys: q must be float16, bfloat16, float32 or float64");
-    STD_TORCH_CHECK(k.scalar_type() == t && v.scalar_type() == t, "deformed_keys: q, k and v must have one dtype");
-    STD_TORCH_CHECK(table.scalar_type() == a && start.scalar_type() == a, "deformed_keys: `table` and `start` must be float32, or float64 with such a q");
-    for (const Tensor* x : {&k, &v, (const Tensor*)&table, (const Tensor*)&start})
-        STD_TORCH_CHECK(x->is_cpu() == q.is_cpu() && x->is_cuda() == q.is_cuda() && x->get_device_index() == q.get_device_index(), "deformed_keys: all tensors must be on one device");
     table = torch::stable::contiguous(table);
     start = torch::stable::contiguous(start);
+    check_kind("q", q, t, q); check_kind("k", k, t, q); check_kind("v", v, t, q);
+    check_kind("table", table, whole_type(q), q); check_kind("start", start, whole_type(q), q);
     const auto strides = [](const Tensor& x) { return Strides{x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; };
-    o.sq = strides(q); o.sk = strides(k); o.sv = strides(v);
-    return o;
+    return {b, h * w, keys, strides(q), strides(k), strides(v), step_x - 1, step_y - 1,
+            int(n), int(g), int(d), int(h), int(w), int(table.size(1)), int(table.size(2))};
 }
 
-// What the backward is given besides: the forward's result and the gradient to it `b n d q`, and the logarithms of its sums `b n q`.
+// What the backward is given besides: the forward's result and its gradient `b n d q`, and the logarithms of its sums `b n q`.
 inline void check_backward(const Problem& o, const Tensor& q, Tensor& grad, Tensor& out, Tensor& sums) {
-    for (const Tensor* x : {&grad, &out})
-        STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == o.b && x->size(1) == o.n && x->size(2) == o.d && x->size(3) == o.q && x->scalar_type() == q.scalar_type(),
-                        "deformed_keys_backward: `grad` and `out` must be `b n d q` with the dtype of q");
-    STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) == o.b && sums.size(1) == o.n && sums.size(2) == o.q &&
-                    sums.scalar_type() == (q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-                    "deformed_keys_backward: `sums` must be `b n q`, float32, or float64 with such a q");
-    for (const Tensor* x : {&grad, &out, &sums})
-        STD_TORCH_CHECK(x->is_cpu() == q.is_cpu() && x->is_cuda() == q.is_cuda() && x->get_device_index() == q.get_device_index(), "deformed_keys_backward: all tensors must be on one device");
+    STD_TORCH_CHECK(shaped(grad, {o.b, o.n, o.d, o.q}) && shaped(out, {o.b, o.n, o.d, o.q}) && shaped(sums, {o.b, o.n, o.q}),
+                    "deformed_keys_backward: expected `grad` and `out` `b n d q`, and `sums` `b n q`");
     grad = torch::stable::contiguous(grad); out = torch::stable::contiguous(out); sums = torch::stable::contiguous(sums);
+    check_kind("grad", grad, q.scalar_type(), q); check_kind("out", out, q.scalar_type(), q); check_kind("sums", sums, whole_type(q), q);
 }
 
 inline Tensor like(const Tensor& x, std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(x, {shape.begin(), shape.size()});
 }
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;   // to q `b n d q`, k and v `b n d k`, table, start
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;      // to q `b n d q`, k and v `b n d k`, table, start
 inline Gradients gradients(const Problem& o, const Tensor& q, const Tensor& table, const Tensor& start) {
-    return {like(q, {o.b, o.n, o.d, o.q}), like(q, {o.b, o.n, o.d, o.k}), like(q, {o.b, o.n, o.d, o.k}), like(table, {o.n, o.th, o.tw}), like(start, {o.b, o.g, o.k, 2})};
+    return {like(q, {o.b, o.n, o.d, o.q}), like(q, {o.b, o.n, o.d, o.k}), like(q, {o.b, o.n, o.d, o.k}),
+            like(table, {o.n, o.th, o.tw}), like(start, {o.b, o.g, o.k, 2})};
 }
-// endregion problem
+// endregion deformed_problem
 
 }  // namespace deformed_keys
 }  // namespace deformlit
