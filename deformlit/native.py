@@ -237,32 +237,39 @@ def differentiable(
     backward, # `backward(grad, *args)`: the gradients of all arguments, by a kernel; None for what is no tensor
     eager,    # The same function in PyTorch, for second derivatives and `torch.func`
 ):
-    "Give an op its gradient, under the Autograd key; returns the function to call it by, which spares ordinary calls the way there."
+    """Give an op its gradient, under the Autograd key; returns the function to call it by, which spares ordinary calls the way there.
+    An op may return more than its result. The rest is kept for `backward`, which then gets all of it after `args`."""
     import torch
     from torch.autograd import forward_ad
     op, grad_mode, any_grad = torch._library.utils.lookup_op(name), torch.is_grad_enabled, torch._C._any_requires_grad
     below, transforms, compiling = torch._C._AutoDispatchBelowAutograd, torch._C._are_functorch_transforms_active, torch.compiler.is_compiling
-    tensor = [o.type.kind() == 'TensorType' for o in op._schema.arguments]
+    tensor, several = [o.type.kind() == 'TensorType' for o in op._schema.arguments], len(op._schema.returns) > 1
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            ctx.save_for_backward(*[o for o, t in zip(args, tensor) if t])
+            with below(): out = op(*args)
+            ctx.save_for_backward(*[o for o, t in zip(args, tensor) if t], *(out if several else ()))
             ctx.rest = [None if t else o for o, t in zip(args, tensor)]
-            with below(): return op(*args)
+            if several: ctx.mark_non_differentiable(*out[1:])
+            return out
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, grad, *_):
             saved = iter(ctx.saved_tensors)
             args = [next(saved) if t else o for o, t in zip(ctx.rest, tensor)]
-            return _again(eager, grad, args, ctx.needs_input_grad) if grad_mode() else backward(grad, *args)
+            return _again(eager, grad, args, ctx.needs_input_grad) if grad_mode() else backward(grad, *args, *saved)
     def autograd(*args):
-        if forward_ad._current_level >= 0: return eager(*args)
-        if grad_mode() and any_grad(*args): return Function.apply(*args)
+        if forward_ad._current_level >= 0: return (eager(*args), *run(*args)[1:]) if several else eager(*args)
+        return Function.apply(*args) if grad_mode() and any_grad(*args) else run(*args)
+    def run(*args):
         with below(): return op(*args)
     torch.library.impl(name, 'Autograd', autograd)
     def call(*args):
-        if compiling(): return op(*args)
-        if transforms(): return (op if _only_vmap() else eager)(*args)
-        return autograd(*args)
+        if compiling(): out = op(*args)
+        elif transforms():
+            if not _only_vmap(): return eager(*args)
+            out = op(*args)
+        else: out = autograd(*args)
+        return out[0] if several else out
     return call
 
 # %% ../nbs/40_native.ipynb #ba129d03

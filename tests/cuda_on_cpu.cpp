@@ -20,7 +20,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static                                  // one block runs at a time
-using std::min; using std::fabs; using std::isfinite; using std::exp2; using std::log2; using std::ceil; using std::fmin; using std::fmax;
+using std::min; using std::exp; using std::log; using std::sqrt; using std::fabs; using std::isfinite; using std::exp2; using std::log2; using std::ceil; using std::fmin; using std::fmax;
 
 namespace on_cpu {
 
@@ -133,6 +133,7 @@ inline long long __double_as_longlong(double x) { return on_cpu::bits<long long>
 
 #include "multiscale_cuda.h"
 #include "dilated_cuda.h"
+#include "deformed_keys_cuda.h"
 
 namespace deformlit {   // PTX on a GPU, PyTorch's own conversions here
 float widen(F16 x) { c10::Half h; h.x = x.bits; return h; }
@@ -140,12 +141,14 @@ void narrow(float x, F16& y) { y.bits = c10::Half(x).x; }
 void narrow(float x, BF16& y) { y.bits = c10::BFloat16(x).x; }
 }  // namespace deformlit
 
-#define NAMED(o) if (std::string(name) == #o) { on_cpu::call(o, args, blocks, threads, seed); return 0; }
+#define NAMED(o) if (std::string(name) == #o) { using namespace deformlit; using namespace deformlit::deformed_keys; on_cpu::call(o, args, blocks, threads, seed); return 0; }
 #define EACH(name, vec) NAMED(msda_forward_##name##_##vec) NAMED(msda_backward_##name##_##vec) NAMED(msda_forward_##name##_1) NAMED(msda_backward_##name##_1) NAMED(msda_largest_##name) NAMED(msda_finish_##name)
+#define DEFORMED(name) NAMED(dk_forward_##name) NAMED(dk_largest_##name) NAMED(dk_dots_##name) NAMED(dk_queries_##name) NAMED(dk_keys_##name) NAMED(dk_finish_##name)
 #define DILATED(name) NAMED(dilated_forward_##name) NAMED(dilated_backward_##name) NAMED(dilated_gather_##name)
 
 extern "C" __attribute__((visibility("default"))) int launch(const char* name, unsigned blocks, unsigned threads, void** args, unsigned seed) {
     EACH(f32, 4) EACH(f64, 2) EACH(f16, 8) EACH(bf16, 8)
+    DEFORMED(f32) DEFORMED(f64) DEFORMED(f16) DEFORMED(bf16)
     DILATED(f32) DILATED(f64) DILATED(f16) DILATED(bf16)
     return 1;
 }
