@@ -169,14 +169,14 @@ def pip(*args, **env):
 
 def fetch_packages():
     platforms = [f'--platform=manylinux{o}_x86_64' for o in ('_2_28', '_2_27', '_2_17', '2014', '1')]
-    pip('install', '-q', '--upgrade', '--no-deps', '--no-compile', '--target', SITE, '--only-binary=:all:', '--python-version', PYTHON, '--implementation', 'cp', *platforms, *PACKAGES)
+    pip('install', '-q', '--upgrade', '--no-deps', '--no-compile', '--ignore-requires-python', '--target', SITE, '--only-binary=:all:', '--python-version', PYTHON, '--implementation', 'cp', *platforms, *PACKAGES)
 
 def fetch_mmcv():
     package, *names = MMCV
     with tempfile.TemporaryDirectory() as scratch:
         constraint = Path(scratch)/'constraint'
         constraint.write_text('setuptools<70\n')      # its setup.py needs `pkg_resources`
-        pip('download', '-q', '--no-deps', '--no-binary', package.split('=')[0], '-d', scratch, package, PIP_CONSTRAINT=str(constraint), PIP_BUILD_CONSTRAINT=str(constraint))
+        pip('download', '-q', '--no-deps', '--use-pep517', '--no-binary', package.split('=')[0], '-d', scratch, package, PIP_CONSTRAINT=str(constraint), PIP_BUILD_CONSTRAINT=str(constraint))
         (GPU/'mmcv').mkdir(parents=True, exist_ok=True)
         with tarfile.open(next(Path(scratch).glob('*.tar.gz'))) as t:
             for o in t.getmembers():
