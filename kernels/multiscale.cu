@@ -1,7 +1,4 @@
 // Multi-scale deformable attention on CUDA: what is launched, on which stream, and the registration with PyTorch.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,28 +6,11 @@
 #include <string>
 #include <tuple>
 #include <vector>
+#include "launch.h"
 #include "multiscale_cuda.h"
 #include "multiscale_problem.h"
 
 namespace deformlit {
-
-// region launch
-// A launch that failed raises; it is not printed, and nothing goes on with wrong numbers.
-void check(cudaError_t e, const char* what) { STD_TORCH_CHECK(e == cudaSuccess, "deformlit: ", what, ": ", cudaGetErrorString(e)); }
-
-cudaStream_t stream(const Tensor& x) {
-    void* s = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &s));
-    return (cudaStream_t)s;
-}
-
-template <typename... P, typename... A>
-void launch(void (*kernel)(P...), int64_t blocks, cudaStream_t s, A... args) {
-    if (blocks == 0) return;
-    kernel<<<unsigned(std::min<int64_t>(blocks, 1 << 30)), THREADS, 0, s>>>(P(args)...);
-    check(cudaGetLastError(), "a kernel was not launched");
-}
-// endregion launch
 
 // region cuda_plan
 // Threads for a row, and whether whole words may be read: every row must then begin at a multiple of 16 bytes.

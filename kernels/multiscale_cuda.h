@@ -1,13 +1,12 @@
 // The CUDA kernels, without any host code or header of PyTorch, so that NVRTC compiles this file alone.
 #pragma once
+#include "cuda.h"
 #include "multiscale.h"
 
 namespace deformlit {
 
-typedef long long i64;
-
 // region cuda_problem
-constexpr int MOST_LEVELS = 128, THREADS = 256, SAMPLES = 1024;   // samples (points of a query and head) that a block looks at in one go
+constexpr int MOST_LEVELS = 128, SAMPLES = 1024;   // samples (points of a query and head) that a block looks at in one go
 struct CudaLevel { int h, w, first; };
 struct CudaProblem {                       // passed by value with each launch
     i64 b, q, s, stride_b, stride_s, stride_n;
@@ -17,21 +16,6 @@ struct CudaProblem {                       // passed by value with each launch
 // endregion cuda_problem
 
 // region words
-struct F16 { unsigned short bits; };
-struct BF16 { unsigned short bits; };
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(BF16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
-__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
-__device__ __forceinline__ void narrow(double x, double& y) { y = x; }
-#ifdef __CUDACC__
-__device__ __forceinline__ float widen(F16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
-__device__ __forceinline__ void narrow(float x, F16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-__device__ __forceinline__ void narrow(float x, BF16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-#else                                      // tests run these kernels on the CPU, and bring their own
-float widen(F16 x); void narrow(float x, F16& y); void narrow(float x, BF16& y);
-#endif
-
 // VEC numbers that a thread reads or writes in one go, 16 bytes where it can.
 template <typename T, int VEC>
 struct alignas(sizeof(T) * VEC) Word { T x[VEC]; };

@@ -1,4 +1,4 @@
-// CUDA's words for g++, so that the tests run kernels/multiscale_cuda.h on a CPU. A block's threads are fibers: one runs until it must wait for others,
+// CUDA's words for g++, so that the tests run the CUDA kernels on a CPU. A block's threads are fibers: one runs until it must wait for others,
 // then the next does, in an order that a seed shuffles. Blocks run one after the other. It is slow, and exact about who waits for whom.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -132,6 +132,7 @@ inline float __uint_as_float(unsigned x) { return on_cpu::bits<float>(x); }
 inline long long __double_as_longlong(double x) { return on_cpu::bits<long long>(x); }
 
 #include "multiscale_cuda.h"
+#include "dilated_cuda.h"
 
 namespace deformlit {   // PTX on a GPU, PyTorch's own conversions here
 float widen(F16 x) { c10::Half h; h.x = x.bits; return h; }
@@ -141,8 +142,10 @@ void narrow(float x, BF16& y) { y.bits = c10::BFloat16(x).x; }
 
 #define NAMED(o) if (std::string(name) == #o) { on_cpu::call(o, args, blocks, threads, seed); return 0; }
 #define EACH(name, vec) NAMED(msda_forward_##name##_##vec) NAMED(msda_backward_##name##_##vec) NAMED(msda_forward_##name##_1) NAMED(msda_backward_##name##_1) NAMED(msda_largest_##name) NAMED(msda_finish_##name)
+#define DILATED(name) NAMED(dilated_forward_##name) NAMED(dilated_backward_##name) NAMED(dilated_gather_##name)
 
 extern "C" __attribute__((visibility("default"))) int launch(const char* name, unsigned blocks, unsigned threads, void** args, unsigned seed) {
     EACH(f32, 4) EACH(f64, 2) EACH(f16, 8) EACH(bf16, 8)
+    DILATED(f32) DILATED(f64) DILATED(f16) DILATED(bf16)
     return 1;
 }

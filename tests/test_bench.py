@@ -93,7 +93,7 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
 # ---- the command
 
 def options(*args): return bench.parser().parse_args(args)
-ABOUT = dict(op='ms_deform_attn', workloads=['enc', 'dec'], peers=['transformers', 'transformers compiled'], slow=['transformers compiled'], sweeps=dict(batch=[1, 2]), kinds=[3])
+ABOUT = dict(op='ms_deform_attn', workloads=['enc', 'dec'], peers=['transformers', 'transformers compiled'], points=['near', 'uniform'], slow=['transformers compiled'], sweeps=dict(batch=[1, 2]), kinds=[3])
 
 def test_jobs():
     "No setting is measured twice, in particular no row."
@@ -131,7 +131,7 @@ def test_interrupted(error, tmp_path, monkeypatch):
         return {**{o: [] for o in results.LISTS}, 'rows': [{k: v for k, v in row_of().items() if k != 'run'}]}
     fake(monkeypatch, work)
     results.write(tmp_path/'multiscale.json', before := results.dumps(results_of([row_of(ms=7.)])))
-    with pytest.raises(SystemExit): bench.main(['--out', str(tmp_path), '--threads', '1', '2'])
+    with pytest.raises(SystemExit): bench.main(['--op', 'multiscale', '--out', str(tmp_path), '--threads', '1', '2'])
     assert done and (tmp_path/'multiscale.json').read_text() == before and len(list(tmp_path.iterdir())) == 1
 
 def test_choose(tmp_path, monkeypatch):
@@ -141,10 +141,10 @@ def test_choose(tmp_path, monkeypatch):
     fake(monkeypatch, work)
     path = tmp_path/'choices.json'
     path.write_text(json.dumps({'_made': {'another cpu': 1}, 'another': {'cpu forward 1e3': ['eager']}, 'ms_deform_attn': {'cuda forward 1e3': ['native']}}))
-    bench.main(['--choose', '--choices', str(path)])
+    bench.main(['--op', 'multiscale', '--choose', '--choices', str(path)])
     got = json.loads(path.read_text())
     assert got['ms_deform_attn'] == {'cpu forward 1e3': ['native', 'compiled', 'eager'], 'cpu forward+backward 1e3': ['eager', 'compiled', 'native'], 'cuda forward 1e3': ['native']}
-    assert got['another'] and got['_made']['another cpu'] and got['_made']['ms_deform_attn cpu']['kernels'] == 'aa'
+    assert got['another'] and got['_made']['another cpu'] and got['_made']['ms_deform_attn cpu']['kernels'] == results.kernels_hash(op='multiscale')
 
 # ---- the measurement
 

@@ -25,16 +25,16 @@ def test_plan(tmp_path):
 
 def test_commands_are_understood(tmp_path):
     "By the programs they call: the benchmark, the trainer, the tests."
-    about = dict(op='ms_deform_attn', workloads=list(ops.entry('multiscale').on('cuda')), peers=list(ops.entry('multiscale').peers), slow=['transformers compiled'], sweeps={}, kinds=[])
+    about = {o: dict(op=e.op, workloads=list(e.on('cuda')), peers=list(e.peers), points=e.points, slow=e.slow_peers, sweeps={}, kinds=[]) for o in ops.ENTRIES for e in [ops.entry(o)]}
     text = ''.join(p.read_text() for p in (root/'tests').glob('test_*cuda*.py'))
     for step in gpu.plan(tmp_path):
         command = [str(o) for o in step.command]
         if command[1].endswith('bench.py'):
             a = bench.parser().parse_args(command[2:])
             assert a.device == 'cuda' and a.out == tmp_path
-            jobs = [o for name in a.op for o in bench.jobs(name, a, about)]
+            jobs = [o for name in a.op for o in bench.jobs(name, a, about[name])]
             assert len(jobs) == len(a.op) and all(bool(o['limits']) == ('limits' in step.name) == (not o['implementations']) for o in jobs)
-            if a.op == ['multiscale']: assert set(a.implementation or ()) <= {*about['peers'], *worker.WAYS, 'native deterministic'} and set(a.workload or ()) <= set(about['workloads'])
+            for o in a.op: assert set(a.implementation or ()) <= {*about[o]['peers'], *worker.WAYS, 'native deterministic'} and set(a.workload or ()) <= set(about[o]['workloads'])
         elif '--device' in command:
             train = pytest.importorskip('deformlit.train')
             train.train_parser(train.chosen_task([])).parse_args(command[3:])
@@ -174,6 +174,12 @@ def test_peers_say_why_they_are_missing(entry, monkeypatch):
     for name in entry.cuda_peers:
         with pytest.raises(ops.Missing, match=r'\w+ .*\w+'): entry.peers[name](args)
 
+@pytest.mark.parametrize('dilations, ks', [((1, 2), 3), ((3,), 3), ((2,), 5)])
+def test_flex_attention_computes_the_same(dilations, ks):
+    "As it is run on a GPU, but not compiled."
+    q, k, v, *rest = ops.dilated_inputs(ops.dilated_sizes(2, 7, 9, 2, 24, dilations, ks), 'none', torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ops.dilated_by_flex(q, ks, dilations)(q, k, v, *rest), ops.unfold(q, k, v, *rest))
+
 def test_source_of_the_2020_kernel(tmp_path):
     with pytest.raises(FileNotFoundError, match='ms_deform_attn_cuda.cu'): kernel_2020.source(tmp_path)
     for name, text in {'ms_deform_attn_cuda.cu': '#include <ATen/ATen.h>\ntemplate <typename scalar_t>\nvoid launch();\nat::Tensor ms_deform_attn_cuda_forward() {}', 'common_cuda_helper.hpp': '#define A', 'ms_deform_attn_cuda_kernel.cuh': '#include "x"\nkernels'}.items(): (tmp_path/name).write_text(text)
@@ -240,9 +246,10 @@ def test_report_of_a_gpu(tmp_path):
     results.write(tmp_path/'multiscale.json', results.dumps(data))
     r = report.Report('multiscale', 'cuda', folder=tmp_path, kernels='aa')
     assert r.kernels().rows[0] == ('encoder', 'near', 'float32', 'forward', '82.0', 'cache', '100.0', '1.2x', '125.0', '120 (yes)')
-    near = {(o[0], o[1], o[4]): o[5:] for o in r.ratios().rows if o[3] == 'near'}
+    near = {(o[0], o[1], o[5]): o[6:] for o in r.ratios().rows if o[3] == 'near'}
     assert near['native', 'forward', '2020 kernel'] == ('5x', '3x', 'yes') and near['native', 'forward', 'deformops Triton'] == ('1.2x', '1.3x', 'no')
     assert near['native', 'backward', '2020 kernel'] == ('1.2x', '1.33x', 'no') and near['native', 'backward', 'limits.cu'] == ('0.9x', '0.8x', 'yes') and near['native deterministic', 'backward', 'native'] == ('0.625x', '0.5x', 'yes')
     assert '2000 GB/s' in repr(r.ground()) and 'a GPU' in repr(r.about())
     for f in (r.times, r.memory, r.limits, r.goals, r.short, r.stale, lambda: r.times(dtype='bfloat16')): f()
-    assert 'make bench' in repr(report.Report('multiscale', 'cuda', folder=tmp_path/'none').kernels())
+    empty = report.Report('multiscale', 'cuda', folder=tmp_path/'none')
+    assert 'gpu.py' in repr(empty.about()) and empty.kernels() is empty.ratios() is empty.ground() is None      # said once

@@ -12,7 +12,7 @@ from pathlib import Path
 import results
 
 here, root = Path(__file__).resolve().parent, results.root
-NAMES = ('multiscale',)      # the entries of ops.py, which is not imported here: this process stays small and loads no torch
+NAMES = ('multiscale', 'dilated')      # the entries of ops.py, which is not imported here: this process stays small and loads no torch
 CHOICES = root/'deformlit'/'choices.json'
 WAYS = ('native', 'compiled', 'eager')
 TUNED = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 30), MALLOC_TRIM_THRESHOLD_=str(1 << 31), MALLOC_TOP_PAD_=str(1 << 26))
@@ -34,7 +34,7 @@ def version(o):
     try: return m.version(o)
     except m.PackageNotFoundError: return None
 device = sys.argv[1]
-def about(e): return dict(op=e.op, workloads=list(e.on(device)), peers=list(e.peers), elsewhere=[] if device == 'cuda' else e.cuda_peers, slow=e.slow_peers, sweeps={k: v[1] for k, v in e.sweeps.items()}, kinds=list(e.kinds))
+def about(e): return dict(op=e.op, workloads=list(e.on(device)), peers=list(e.peers), elsewhere=[] if device == 'cuda' else e.cuda_peers, points=list(e.points), slow=e.slow_peers, sweeps={k: v[1] for k, v in e.sweeps.items()}, kinds=list(e.kinds))
 versions = dict(python=platform.python_version(), torch=torch.__version__, **{o: version(o) for o in ('transformers', 'deformlit')})
 if device == 'cuda': versions.update(cuda=torch.version.cuda, triton=version('triton'), deformops=version('deformops'))
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -92,21 +92,21 @@ def jobs(name, a, entry):
     workloads, threads = a.workload or entry['workloads'], a.threads
     dtypes = a.dtype or (['float32'] if a.quick else ['float32', 'bfloat16'])
     common = dict(name=name, op=entry['op'], device=a.device, malloc='default', isa='default', implementations=names, budget=a.seconds or (1.5 if a.quick else 5))
-    both, main = ['fwd', 'fwd_bwd'], threads[-1]
+    both, main, points = ['fwd', 'fwd_bwd'], threads[-1], entry['points']
     if a.limits or a.device == 'cuda':
-        yield dict(common, threads=main, limits=a.limits, cases=cases(workloads, ['near', 'uniform'], dtypes, ['fwd', 'bwd', 'fwd_bwd']))
+        yield dict(common, threads=main, limits=a.limits, cases=cases(workloads, points, dtypes, ['fwd', 'bwd', 'fwd_bwd']))
         return
     for t in threads[-1:] if a.quick else threads:
-        if a.quick: todo = cases(workloads, ['near'], dtypes, both)
-        else: todo = cases(workloads, ['near', 'uniform'], [o for o in dtypes if o == 'float32'], ['fwd', 'bwd', 'fwd_bwd']) + cases(workloads, ['near'], [o for o in dtypes if o != 'float32'], both)
+        if a.quick: todo = cases(workloads, points[:1], dtypes, both)
+        else: todo = cases(workloads, points, [o for o in dtypes if o == 'float32'], ['fwd', 'bwd', 'fwd_bwd']) + cases(workloads, points[:1], [o for o in dtypes if o != 'float32'], both)
         yield dict(common, threads=t, memory=True, limits=True, cases=todo)
     if a.quick: return
-    for t in threads: yield dict(common, threads=t, malloc='tuned', cases=cases(workloads, ['near', 'uniform'], ['float32'], both))
+    for t in threads: yield dict(common, threads=t, malloc='tuned', cases=cases(workloads, points, ['float32'], both))
     order = ['baseline', 'avx2', 'avx512']
     for isa in order[:order.index(cpu()[1]) + 1]:
-        yield dict(common, threads=main, isa=isa, implementations=[entry['peers'][0], 'native'], cases=cases(workloads, ['near'], ['float32'], both))
+        yield dict(common, threads=main, isa=isa, implementations=[entry['peers'][0], 'native'], cases=cases(workloads, points[:1], ['float32'], both))
     if not a.workload: yield dict(common, threads=main, budget=min(1.5, common['budget']), cases=[
-        dict(workload='sweep', against=what, at=x, points='near', dtype='float32', direction=d) for what, xs in entry['sweeps'].items() for d in both for x in xs])
+        dict(workload='sweep', against=what, at=x, points=points[0], dtype='float32', direction=d) for what, xs in entry['sweeps'].items() for d in both for x in xs])
 
 def bench(name, a, run, entry):
     "Measure one op and merge the rows into its file."
@@ -127,7 +127,7 @@ def bench(name, a, run, entry):
 
 def choose(name, a, run, entry):
     "Rank our ways for each kind of input by time, and write the ranking where `ranking` of the core reads it."
-    todo = [dict(workload=f'1e{kind}', kind=kind, points='near', dtype='float32', direction=d) for d in ('fwd', 'fwd_bwd') for kind in entry['kinds']]
+    todo = [dict(workload=f'1e{kind}', kind=kind, points=entry['points'][0], dtype='float32', direction=d) for d in ('fwd', 'fwd_bwd') for kind in entry['kinds']]
     job = dict(name=name, op=entry['op'], device=a.device, threads=a.threads[-1], malloc='default', isa='default', implementations=list(WAYS), budget=a.seconds or (1 if a.quick else 3), cases=todo)
     found = work(job)
     by_kind = {}

@@ -25,14 +25,15 @@ class Entry:
     peers:dict            # By name: build(args) -> function, arguments. The first is the baseline; raises `Missing`
     slow_peers:tuple      # Names of those that run with `--all` only
     count:Callable        # count(sizes, bytes of a value) -> samples, operations, gathered and compulsory bytes
-    rows:Callable         # rows(args) -> what the micro-benchmarks read: see `limits.py`
+    rows:Callable         # rows(args) -> what the micro-benchmarks read: see `limits.py`; None if there are none for it
     goals:dict            # What is aimed at: speedup over the baseline by (implementation, direction) and workload
     memory:dict           # The same for memory: (implementation, direction) -> sentence, test of (row, baseline's row, sizes)
+    points:tuple = ('near', 'uniform')   # What `inputs` knows to make of points, the first for what is measured once; ('none',) for an op without
     cuda_peers:tuple = () # Names of the peers that run on a GPU only
     cuda_workloads:dict = field(default_factory=dict)   # Sizes by name on a GPU; empty: those of the CPU
     cuda_goals:dict = field(default_factory=dict)       # On a GPU: (implementation, direction, dtype) -> microseconds of the kernels, by workload
-    cuda_ratios:dict = field(default_factory=dict)      # The same: (implementation, direction, how the names of the others begin, 'peers' or 'reductions') -> times as fast as the best of them
-    reads:Callable = None # reads(rows, bytes of a value) -> bytes from the second-level cache on a GPU if a block's rows stay near it; None: all that are gathered
+    cuda_ratios:dict = field(default_factory=dict)      # (implementation, direction, dtype, how the names of the others begin, 'peers' or 'reductions') -> times as fast as the best of them, by workload
+    reads:Callable = None # reads(rows, bytes of a value) -> bytes from the second-level cache on a GPU if a block's rows stay near it
     def on(self, device):
         "Sizes by name on that device."
         return self.cuda_workloads if device == 'cuda' and self.cuda_workloads else self.workloads
@@ -164,8 +165,86 @@ def _multiscale():
                 ('native', 'fwd_bwd'): ("1/12 of the peer's", lambda row, base, sizes: row['peak_mb'] <= base['peak_mb'] / 12)},
         cuda_workloads=dict(encoder=msda_sizes(2, IMAGE, 8, 32), decoder=msda_sizes(2, IMAGE, 8, 32, q=300), decoder900=msda_sizes(2, IMAGE, 8, 32, q=900)), reads=msda_reads,
         cuda_goals={('native', 'fwd', 'float32'): dict(encoder=120, decoder=10, decoder900=15), ('native', 'fwd', 'bfloat16'): dict(encoder=95)},
-        cuda_ratios={('native', 'fwd', '2020 kernel'): dict(encoder=3), ('native', 'fwd', 'deformops'): dict(encoder=1.3), ('native', 'bwd', 'peers'): dict(encoder=1 / .75),
-                     ('native', 'bwd', 'reductions'): dict(encoder=1 / 1.25), ('native deterministic', 'bwd', 'native'): dict(encoder=.5)})
+        cuda_ratios={('native', 'fwd', 'float32', '2020 kernel'): dict(encoder=3), ('native', 'fwd', 'float32', 'deformops'): dict(encoder=1.3), ('native', 'bwd', 'float32', 'peers'): dict(encoder=1 / .75),
+                     ('native', 'bwd', 'float32', 'reductions'): dict(encoder=1 / 1.25), ('native deterministic', 'bwd', 'float32', 'native'): dict(encoder=.5)})
 
-ENTRIES = dict(multiscale=_multiscale)
+# ---- dilated window attention ---------------------------------------------------------------------------------------
+
+def dilated_sizes(b, h, w, n, d, dilations, ks=3): return dict(b=b, h=h, w=w, n=n, d=d, dilations=tuple(dilations), ks=ks)
+
+def dilated_inputs(sizes, points, generator):
+    "Queries, keys and values, three views of one map as a convolution makes it; the size of the window and the dilations."
+    b, n, d, h, w = (sizes[o] for o in ('b', 'n', 'd', 'h', 'w'))
+    return *torch.randn(b, 3, n, d, h, w, generator=generator).unbind(1), sizes['ks'], sizes['dilations']
+
+def dilated_cast(args, dtype): return *(o.to(dtype) for o in args[:3]), *args[3:]
+
+def unfold(q, k, v, kernel_size, dilations):
+    "The official formulation: for each group of heads `nn.Unfold` cuts the windows of keys and values out of the map inside a border of zeros; then it is attention."
+    (b, _, d, h, w), out = q.shape, []
+    for q, k, v, dilation in zip(*(o.chunk(len(dilations), 1) for o in (q, k, v)), dilations):
+        cut = torch.nn.Unfold(kernel_size, dilation, dilation * (kernel_size // 2), 1)
+        keys, values = (cut(o.flatten(1, 2)).unflatten(1, (q.shape[1], d, kernel_size**2)).movedim(-1, 2) for o in (k, v))       # b n s d k
+        weights = (q.flatten(3).mT[:, :, :, None] @ keys * d**-.5).softmax(-1)                                                  # b n s 1 k
+        out.append((weights @ values.mT).squeeze(3).mT.unflatten(-1, (h, w)))
+    return torch.cat(out, 1)
+
+def unfold_compiled(args): return torch.compile(unfold, fullgraph=True, dynamic=False), args
+
+def flex_dilated(args):
+    """`flex_attention` over keys and values inside a border of zeros, with a mask of blocks. Compiled it takes rows of a power of two only, so zeros are put behind each."""
+    q, k, v, ks, dilations = args
+    if q.device.type != 'cuda': raise Missing('on the CPU it has no backward pass')
+    return dilated_by_flex(q, ks, dilations, torch.compile), args
+
+def dilated_by_flex(q, ks, dilations, compiled=lambda f, **kw: f):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    b, n, d, h, w = q.shape
+    flex, more, parts = compiled(flex_attention, dynamic=False), max(16, 1 << (d - 1).bit_length()) - d, []
+    for dilation in dilations:
+        far = dilation * (ks // 2)
+        def mask(b, n, i, j, dilation=dilation, far=far):
+            y, x = j // (w + 2 * far) - far - i // w, j % (w + 2 * far) - far - i % w
+            return (y.abs() <= far) & (y % dilation == 0) & (x.abs() <= far) & (x % dilation == 0)
+        parts.append((far, create_block_mask(mask, None, None, h * w, (h + 2 * far) * (w + 2 * far), device=q.device)))
+    pad = torch.nn.functional.pad
+    def flex_dilated(q, k, v, ks, dilations):
+        out = []
+        for q, k, v, (far, mask) in zip(*(o.chunk(len(dilations), 1) for o in (q, k, v)), parts):
+            tokens = lambda o: pad(o.flatten(3).mT, (0, more)).contiguous()
+            o = flex(tokens(q), *(tokens(pad(o, (far,) * 4)) for o in (k, v)), block_mask=mask, scale=d**-.5)
+            out.append(o[..., :d].mT.unflatten(-1, (h, w)))
+        return torch.cat(out, 1)
+    return flex_dilated
+
+def dilated_count(sizes, size):
+    """4 operations for each query, key of its window and channel forward (a product with the key, one with the value), 8 more backward and 2 to have the weights again;
+    every map moved once is compulsory. Each key is read twice forward and five times backward."""
+    maps, k = sizes['b'] * sizes['n'] * sizes['d'] * sizes['h'] * sizes['w'], sizes['ks']**2
+    fwd, bwd = 4 * maps * size, 7 * maps * size
+    return dict(samples=maps // sizes['d'] * k, operations=dict(fwd=4 * k * maps, bwd=10 * k * maps, fwd_bwd=14 * k * maps), gathered=2 * k * maps * size,
+                compulsory=dict(fwd=fwd, bwd=bwd, fwd_bwd=fwd + bwd))
+
+def _side(sizes, x): return {**sizes, 'h': x, 'w': x}
+def _width(sizes, x): return {**sizes, 'd': x}
+def _kernel(sizes, x): return {**sizes, 'ks': x}
+
+def _dilated():
+    from deformlit.dilated import _dilated, dilated_attn
+    tenth = "1/10 of the peer's", lambda row, base, sizes: row['peak_mb'] <= base['peak_mb'] / 10
+    return Entry(
+        op='dilated_attn', ours=dilated_attn, handle=_dilated, points=('none',),
+        workloads=dict(t1=dilated_sizes(4, 56, 56, 3, 24, (1, 2, 3)), t1h8=dilated_sizes(4, 56, 56, 8, 24, (2,))),
+        small=dilated_sizes(1, 28, 28, 6, 24, (1, 2, 3)),
+        sweeps=dict(batch=(_batch, (1, 2, 4, 8, 16)), side=(_side, (7, 14, 28, 56, 112)), width=(_width, (8, 16, 24, 32, 64)), kernel=(_kernel, (1, 3, 5, 7))),
+        kinds={3: dilated_sizes(1, 8, 8, 3, 8, (1, 2, 3)), 4: dilated_sizes(1, 14, 14, 3, 24, (1, 2, 3)), 5: dilated_sizes(1, 56, 56, 3, 24, (1, 2, 3)),
+               6: dilated_sizes(8, 56, 56, 3, 24, (1, 2, 3)), 7: dilated_sizes(64, 56, 56, 3, 24, (1, 2, 3))},
+        inputs=dilated_inputs, cast=dilated_cast, count=dilated_count, rows=None,
+        peers={'unfold': lambda args: (unfold, args), 'unfold compiled': unfold_compiled, 'flex_attention': flex_dilated}, slow_peers=('unfold compiled',), cuda_peers=('flex_attention',),
+        cuda_workloads=dict(stage1=dilated_sizes(128, 56, 56, 3, 24, (1, 2, 3))), cuda_goals={('native', 'fwd', 'bfloat16'): dict(stage1=80)}, cuda_ratios={('native', 'fwd', 'bfloat16', 'unfold'): dict(stage1=6)},
+        goals={('native', 'fwd'): dict(t1=35, t1h8=60), ('native', 'fwd_bwd'): dict(t1=38, t1h8=48), ('compiled', 'fwd'): dict(t1=10, t1h8=15)},
+        memory={('native', 'fwd'): tenth, ('native', 'fwd_bwd'): tenth})
+
+ENTRIES = dict(multiscale=_multiscale, dilated=_dilated)
+
 def entry(name) -> Entry: return ENTRIES[name]()

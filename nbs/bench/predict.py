@@ -17,7 +17,7 @@ def ground(row):
 def predict(
     count,       # What an entry's `count` says, for the bytes of a value
     ground,      # As ASSUMED
-    reads=None,  # Bytes that come from the second-level cache; all that are gathered, if left out
+    reads=None,  # Bytes that come from the second-level cache, again and again; all that are gathered, if left out
 ) -> dict:       # By direction: microseconds, by term and in total
     """Forward: the longest of what must move to and from memory, what is read from the second-level cache, and the arithmetic; each if it were alone.
     Backward: the same, and what is added to rows. `launch`, which an empty kernel takes as well, comes on top. Both passes: their sum."""
@@ -38,7 +38,8 @@ def longest(terms):
 def predictions(entry, row, counted):
     "By dtype what `predict` says for a row of `limits`; `counted` is what `row` of an entry's rows gives."
     sizes = entry.on('cuda')[row['workload']]
-    return {dtype: predict(entry.count(sizes, size), row, counted and entry.reads and entry.reads(counted, size)) for dtype, size in (('float32', 4), ('bfloat16', 2))}
+    def reads(size): return entry.reads(counted, size) if counted and entry.reads else 0 if entry.rows is None else None     # without rows, what is read again lies next to it
+    return {dtype: predict(entry.count(sizes, size), row, reads(size)) for dtype, size in (('float32', 4), ('bfloat16', 2))}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,9 +50,9 @@ def main():
     for name in a.op or ops.ENTRIES:
         entry, data = ops.entry(name), results.read(a.out/f'{name}.json')
         for workload, sizes in entry.on('cuda').items():
-            for points in ('near', 'uniform'):
+            for points in entry.points:
                 measured = ground(next((o for o in (data or {}).get('limits', []) if (o['device'], o['workload'], o['points']) == ('cuda', workload, points)), None))
-                counted = entry.rows(entry.inputs(sizes, points, torch.Generator().manual_seed(0))) if entry.reads else None
+                counted = entry.rows(entry.inputs(sizes, points, torch.Generator().manual_seed(0))) if entry.rows and entry.reads else None
                 found = predictions(entry, dict(measured or ASSUMED, workload=workload), counted)
                 for dtype, by in found.items():
                     said = ', '.join(f"{d} {t['total']:.1f} µs{f' ({longest(t)})' if len(t) > 1 else ''}" for d, t in by.items())

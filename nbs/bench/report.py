@@ -25,9 +25,10 @@ class Sentences(list):
     def _repr_markdown_(self): return '\n'.join(f'- {o}' for o in self) if len(self) > 1 else ''.join(self)
 
 def told(f):
-    "Instead of a table or a figure, a sentence where there are no measurements."
+    "Instead of a table or a figure, a sentence where there are no measurements; on a GPU one for all."
     @functools.wraps(f)
     def _f(self, *args, **kwargs):
+        if self.data is None and self.device == 'cuda': return Sentences(['No measurement on a GPU is here yet: `python nbs/bench/gpu.py` makes them.']) if f.__name__ == 'about' else None
         if self.data is None: return Sentences([f'There is no `runs/bench/{self.name}.json`: `make bench` writes it.'])
         return f(self, *args, **kwargs) or Sentences(['This was not measured yet: `make bench` does.'])
     return _f
@@ -55,6 +56,9 @@ class Report:
         "The implementations in `rows`, and their (workload, direction), each in our order."
         there = {row['implementation'] for row in rows}, {(row['workload'], row['direction']) for row in rows}
         return [o for o in self.colours() if o in there[0]], [(w, d) for w in self.workloads for d in WORDS if (w, d) in there[1]]
+    def kinds(self):
+        "What is written behind a number where it holds for one kind of points only."
+        return {o: f" with {o} points" if len(self.entry.points) > 1 else "" for o in self.entry.points}
     def mark(self, row): return f' {STALE}' if results.is_stale(self.data, row, self.now) else ''
     def speedup(self, row): return 'not measured' if row is None else times(row['speedup_over_eager']) + self.mark(row)
 
@@ -82,11 +86,11 @@ class Report:
         rows = []
         for (who, direction), goal in self.entry.goals.items():
             for workload, least in goal.items():
-                found = [self.one(implementation=who, direction=direction, workload=workload, points=p) for p in ('near', 'uniform')]
+                found = [self.one(implementation=who, direction=direction, workload=workload, points=p) for p in self.entry.points]
                 got = [o['speedup_over_eager'] for o in found if o and o['speedup_over_eager']]
                 verdict = 'not measured' if not got else 'yes' if min(got) >= least else percent(min(got) / least)
                 rows.append((who, WORDS[direction], workload, f'{least:g}x', *map(self.speedup, found), verdict))
-        return Table(('way', 'direction', 'workload', 'goal', 'near', 'uniform', 'reached'), rows)
+        return Table(('way', 'direction', 'workload', 'goal', *(self.entry.points if len(self.entry.points) > 1 else ('measured',)), 'reached'), rows)
 
     @told
     def short(self):
@@ -94,22 +98,23 @@ class Report:
         out, unknown = [], []
         for (who, direction), goal in self.entry.goals.items():
             for workload, least in goal.items():
-                found = [o for p in ('near', 'uniform') if (o := self.one(implementation=who, direction=direction, workload=workload, points=p)) and o['speedup_over_eager']]
+                found = [o for p in self.entry.points if (o := self.one(implementation=who, direction=direction, workload=workload, points=p)) and o['speedup_over_eager']]
                 if not found: unknown.append(f'{who} {WORDS[direction]} on `{workload}`'); continue
                 worst = min(found, key=lambda o: o['speedup_over_eager'])
                 if worst['speedup_over_eager'] < least:
-                    out.append(f"`{workload}`, {WORDS[direction]}: '{who}' is {times(worst['speedup_over_eager'])} as fast as {self.base} with {worst['points']} points; the goal is {least:g}x.")
+                    out.append(f"`{workload}`, {WORDS[direction]}: '{who}' is {times(worst['speedup_over_eager'])} as fast as {self.base}{self.kinds()[worst['points']]}; the goal is {least:g}x.")
         for row, sentence, ok in self.memory_rows():
             # output and gradients have the shapes of output and inputs, which is what the forward pass must move
             must = self.entry.count(self.workloads[row['workload']], 4)['compulsory']['fwd'] / 1e6
             alone = f' (output and gradients alone are {must:.1f} MB)' if row['direction'] == 'fwd_bwd' else ''
             if ok is False: out.append(f"`{row['workload']}`, {WORDS[row['direction']]}: '{row['implementation']}' needs {row['peak_mb']:.1f} MB beyond its inputs{alone}; the goal is {sentence}.")
         if unknown: out.append('Not measured: ' + '; '.join(unknown) + '.')
-        return Sentences(out or ['Every goal is reached, with near and with uniform points.'])
+        return Sentences(out or ["Every goal is reached" + f", with {' and with '.join(self.entry.points)} points" * (len(self.entry.points) > 1) + "."])
 
     @told
-    def times(self, points='near', dtype='float32'):
+    def times(self, points=None, dtype='float32'):
         "Milliseconds of all implementations."
+        points = points or self.entry.points[0]
         names, cases = self.order(self.pick(points=points, dtype=dtype))
         cell = lambda row: '' if row is None else f"{ms(row['median_ms'])} ± {ms(row['iqr_ms'] / 2)}" + self.mark(row)
         rows = [(w, WORDS[d], *(cell(self.one(workload=w, direction=d, points=points, dtype=dtype, implementation=o)) for o in names)) for w, d in cases]
@@ -122,8 +127,8 @@ class Report:
                     ('malloc tuned', dict(malloc='tuned')), ('bfloat16 values', dict(dtype='bfloat16')), *((f'only {o}', dict(isa=o)) for o in ('avx512', 'avx2', 'baseline'))]
         cases = [(w, d) for d in ('fwd', 'fwd_bwd') for w in self.workloads]
         first = lambda row: times(row['first_speedup']) + self.mark(row) if row else ''
-        rows = [('first call of a turn', *(first(self.one(workload=w, direction=d, points='near', implementation=who)) for w, d in cases))]
-        rows += [(name, *(self.speedup(row) if (row := self.one(**{**dict(workload=w, direction=d, points='near', implementation=who), **want})) else '' for w, d in cases)) for name, want in settings]
+        rows = [('first call of a turn', *(first(self.one(workload=w, direction=d, points=self.entry.points[0], implementation=who)) for w, d in cases))]
+        rows += [(name, *(self.speedup(row) if (row := self.one(**{**dict(workload=w, direction=d, points=self.entry.points[0], implementation=who), **want})) else '' for w, d in cases)) for name, want in settings]
         rows = [row for row in rows if any(row[1:])]
         return rows and Table(('setting', *(f'{w}, {WORDS[d]}' for w, d in cases)), rows)
 
@@ -132,7 +137,7 @@ class Report:
         "What one setting does to the baseline, in a sentence."
         out = []
         for w in self.workloads:
-            a, b = (self.one(workload=w, direction='fwd', implementation=self.base, **{**dict(points='near'), **o}) for o in ({}, want))
+            a, b = (self.one(workload=w, direction='fwd', implementation=self.base, **{**dict(points=self.entry.points[0]), **o}) for o in ({}, want))
             if a and b and a is not b: out.append(f"on `{w}` {ms(b['median_ms'])} ms instead of {ms(a['median_ms'])} ms")
         return out and Sentences([f"{word}, {self.base} takes " + ', '.join(out) + ' (forward).'])
 
@@ -140,13 +145,13 @@ class Report:
         "(row, goal in words, whether it is reached)."
         for (who, direction), (sentence, test) in self.entry.memory.items():
             for w, sizes in self.workloads.items():
-                row, base = (self.one(workload=w, direction=direction, points='near', implementation=o) for o in (who, self.base))
+                row, base = (self.one(workload=w, direction=direction, points=self.entry.points[0], implementation=o) for o in (who, self.base))
                 if row and row['peak_mb'] is not None and base and base['peak_mb']: yield row, sentence, test(row, base, sizes)
 
     @told
     def memory(self):
         "Megabytes beyond the inputs."
-        rows = [row for row in self.pick(points='near') if row['peak_mb'] is not None]
+        rows = [row for row in self.pick(points=self.entry.points[0]) if row['peak_mb'] is not None]
         goal = {(row['workload'], row['direction'], row['implementation']): f" ({sentence}: {'yes' if ok else 'no'})" for row, sentence, ok in self.memory_rows()}
         names, cases = self.order(rows)
         def cell(w, d, who):
@@ -170,7 +175,9 @@ class Report:
             cell = lambda bound, row: '' if not bound else f'{ms(bound)}' + (f" ({percent(bound / row['median_ms'])} of it reached{self.mark(row)})" if row else '')
             out.append((o['workload'], o['points'], f"{o['samples']:,}", f"{flops / 1e6:.0f}", f"{o['gathered_mb']:.1f}", f'{floor:.1f}',
                         ms(flops / o['gflops'] / 1e6), ms(floor / o['copy_gb_s']), *map(cell, bounds, rows)))
-        return out and Table(('workload', 'points', 'samples', 'Mflop', 'MB read by index', 'MB that must move', 'ms by arithmetic', 'ms by memory', 'gather bound, forward (ms)', 'forward + backward (ms)'), out)
+        head = ('workload', 'points', 'samples', 'Mflop', 'MB read by index', 'MB that must move', 'ms by arithmetic', 'ms by memory', 'gather bound, forward (ms)', 'forward + backward (ms)')
+        shown = [i for i in range(len(head)) if any(row[i] for row in out) and (head[i] != 'points' or len(self.entry.points) > 1)]      # no column without anything in it
+        return out and Table([head[i] for i in shown], [[row[i] for i in shown] for row in out])
 
     @told
     def ground(self):
@@ -180,9 +187,9 @@ class Report:
         middle = lambda key: statistics.median(o[key] for o in found)
         if self.device == 'cuda': return Sentences([f"This GPU copies {middle('copy_gb_s'):.0f} GB/s (bytes read plus bytes written) and multiplies float32 matrices at {middle('gflops') / 1e3:.1f} TFLOP/s."] + [
             f"`{o['workload']}`: its table of values is read from the second-level cache at {o['l2_gb_s']:.0f} GB/s. Random rows of it are added to at " + ', '.join(f'{v:.0f} GB/s ({k})' for k, v in o['reduce_gb_s'].items()) +
-            f". An empty kernel takes {o['launch_us']:.2f} µs." for o in found if predict.ground(o) and o['points'] == 'near'])
-        return Sentences([f"With {self.threads} thread{'s' * (self.threads > 1)} this machine copies {middle('copy_gb_s'):.0f} GB/s (bytes read plus bytes written) and multiplies matrices at {middle('gflops'):.0f} GFLOP/s. "
-                          f"Rows are read by {' or '.join(sorted({o['how'] for o in found}))}."])
+            f". An empty kernel takes {o['launch_us']:.2f} µs." for o in found if predict.ground(o) and o['points'] == self.entry.points[0]])
+        return Sentences([f"With {self.threads} thread{'s' * (self.threads > 1)} this machine copies {middle('copy_gb_s'):.0f} GB/s (bytes read plus bytes written) and multiplies matrices at {middle('gflops'):.0f} GFLOP/s."
+                          + (f" Rows are read by {' or '.join(sorted({o['how'] for o in found}))}." if any(o['how'] for o in found) else "")])
 
     # ---- on a GPU
 
@@ -205,17 +212,18 @@ class Report:
     def ratios(self):
         "How many times as fast as the best of some others, beside what is aimed at."
         rows = []
-        for (who, direction, others), goals in self.entry.cuda_ratios.items():
+        for (who, direction, dtype, others), goals in self.entry.cuda_ratios.items():
             for workload, least in goals.items():
-                for points in ('near', 'uniform'):
-                    mine, known = self.one(implementation=who, workload=workload, direction=direction, points=points), {'peers': tuple(self.entry.peers)}.get(others, others)
-                    found = {o['implementation']: o['median_ms'] for o in self.pick(workload=workload, direction=direction, points=points) if o is not mine and o['implementation'].startswith(known)}
+                for points in self.entry.points:
+                    want, known = dict(workload=workload, direction=direction, points=points, dtype=dtype), {'peers': tuple(self.entry.peers)}.get(others, others)
+                    mine = self.one(implementation=who, **want)
+                    found = {o['implementation']: o['median_ms'] for o in self.pick(**want) if o is not mine and o['implementation'].startswith(known)}
                     if others == 'reductions': found = {o['how']: o['scatter_ms'] for o in self.pick(self.limit_rows, workload=workload, points=points) if o['scatter_ms']}
-                    if not mine or not found: rows.append((who, WORDS[direction], workload, points, others, '', f'{least:.3g}x', 'not measured')); continue
+                    if not mine or not found: rows.append((who, WORDS[direction], workload, points, dtype, others, '', f'{least:.3g}x', 'not measured')); continue
                     best = min(found, key=found.get)
                     got = found[best] / mine['median_ms']
-                    rows.append((who, WORDS[direction], workload, points, best, times(got) + self.mark(mine), f'{least:.3g}x', 'yes' if got >= least else 'no'))
-        return rows and Table(('way', 'direction', 'workload', 'points', 'best of the others', 'times as fast', 'goal', 'reached'), rows)
+                    rows.append((who, WORDS[direction], workload, points, dtype, best, times(got) + self.mark(mine), f'{least:.3g}x', 'yes' if got >= least else 'no'))
+        return rows and Table(('way', 'direction', 'workload', 'points', 'dtype', 'best of the others', 'times as fast', 'goal', 'reached'), rows)
 
     # ---- figures
 
@@ -243,7 +251,7 @@ class Report:
     @told
     def bars(self):
         "Peak memory, and the share of the gather bound that is reached."
-        colours, rows = self.colours(), [row for row in self.pick(points='near') if row['peak_mb']]
+        colours, rows = self.colours(), [row for row in self.pick(points=self.entry.points[0]) if row['peak_mb']]
         shares = [(f"{o['workload']}, {o['points']}", [bound / row['median_ms'] if bound and row else None for bound, row in zip(bounds, found)]) for o, bounds, found in self.bounds()]
         shares = [o for o in shares if any(o[1])]
         if not rows: return []

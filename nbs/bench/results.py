@@ -23,8 +23,8 @@ RUN = dict(date=text, command=text, machine=dict, versions=dict, kernels=text, l
 ROW = dict(run=text, op=text, device=text, workload=text, points=text, dtype=text, direction=text, threads=int, malloc=text, isa=text, timing=text,
            implementation=text, median_ms=number, iqr_ms=number, peak_mb=maybe, speedup_over_eager=maybe, rounds=int, others=maybe, first_ms=maybe, first_speedup=maybe)
 LIMIT = dict(run=text, op=text, device=text, workload=text, points=text, threads=int, how=text, samples=int, operations=dict, gathered_mb=number, compulsory_mb=dict,
-             gather_ms=number, scatter_ms=maybe, copy_gb_s=number, gflops=number, others=maybe)
-CHOICES = dict(points=('near', 'uniform'), direction=('fwd', 'bwd', 'fwd_bwd'), malloc=('default', 'tuned'), timing=('wall', 'eager', 'graph'))
+             gather_ms=maybe, scatter_ms=maybe, copy_gb_s=number, gflops=number, others=maybe)
+CHOICES = dict(points=('near', 'uniform', 'none'), direction=('fwd', 'bwd', 'fwd_bwd'), malloc=('default', 'tuned'), timing=('wall', 'eager', 'graph'))
 
 def check(results:dict) -> dict:
     "`results` if it is whole; raises ValueError with the first thing that is not."

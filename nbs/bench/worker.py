@@ -284,14 +284,16 @@ def measure(entry, case, names, budget, left_out, memory, others, rows):
 
 def measure_limits(entry, case, budget, others):
     "Counts of one workload, and what its bare reads and writes take."
-    cpu, threads = case['device'] == 'cpu', case['threads']
-    sizes = sizes_of(entry, case)
-    count, rows = entry.count(sizes, 4), entry.rows(entry.inputs(sizes, case['points'], torch.Generator().manual_seed(0)))
-    rows = {k: v.to(case['device']) if isinstance(v, torch.Tensor) else v for k, v in rows.items()}
-    gpu = not cpu and needs_nvrtc() is None
-    gather = native_gather = limits.native_gather(rows, threads) if cpu else limits.cuda_gather(rows) if gpu else None
-    gather = gather or limits.torch_gather(rows)
-    scatter = limits.native_scatter(rows, threads) if cpu else limits.cuda_scatter(rows) if native_gather else limits.torch_scatter(rows)     # index_add_ on the CPU is no bound: a native op beats it
+    cpu, threads, sizes = case['device'] == 'cpu', case['threads'], sizes_of(entry, case)
+    gpu, count, rows, how, gather, scatter, more = not cpu and needs_nvrtc() is None, entry.count(sizes, 4), None, '', None, None, {}
+    if entry.rows:
+        rows = entry.rows(entry.inputs(sizes, case['points'], torch.Generator().manual_seed(0)))
+        rows = {k: v.to(case['device']) if isinstance(v, torch.Tensor) else v for k, v in rows.items()}
+        if cpu: how, gather, scatter = 'limits.cpp', limits.native_gather(rows, threads), limits.native_scatter(rows, threads)
+        elif gpu: how, gather, scatter = 'limits.cu', limits.cuda_gather(rows), limits.cuda_scatter(rows)
+        if not gather:      # index_add_ on the CPU is no bound: a native op beats it
+            how, gather = 'embedding_bag' if cpu else 'embedding_bag and index_add_', limits.torch_gather(rows)
+            if not cpu: scatter = limits.torch_scatter(rows)
     (copy, moved), (multiply, flops) = limits.copy(case['device']), limits.multiply(case['device'])
     def timer(f):
         if not cpu: return on_cuda(captured(lambda: f) if gpu else f)
@@ -300,16 +302,16 @@ def measure_limits(entry, case, budget, others):
             for _ in range(goes): f()
             return (time.perf_counter() - start) / goes
         return seconds
+    def median(f): return statistics.median(rounds([timer(f)], budget / 4)[0]) if f else None
     others()
-    got = [statistics.median(o) if o else None for o in (rounds([timer(f)], budget / 4)[0] if f else None for f in (gather, scatter, copy, multiply))]
-    mb, more = lambda x: round(x / 1e6, 3), {}
+    got, mb = [median(f) for f in (gather, scatter, copy, multiply)], lambda x: round(x / 1e6, 3)
     if gpu:
-        found = {name: (statistics.median(rounds([timer(f)], budget / 4)[0]), moves) for name, (f, moves) in limits.cuda_ground(rows['table']).items()}
+        found = {name: (median(f), moves) for name, (f, moves) in limits.cuda_ground(rows['table'] if rows else torch.randn(2**23, device='cuda')).items()}
         gb_s = {name: round(moves / t / 1e9, 1) for name, (t, moves) in found.items() if moves}
         more = dict(l2_gb_s=gb_s.pop('l2'), launch_us=round(found['launch'][0] * 1e6, 2), reduce_gb_s=gb_s)
-    row = dict(case, how=('limits.cpp' if cpu else 'limits.cu') if native_gather else 'embedding_bag' if cpu else 'embedding_bag and index_add_', samples=count['samples'], operations=count['operations'], gathered_mb=mb(count['gathered']),
-                compulsory_mb={k: mb(v) for k, v in count['compulsory'].items()}, gather_ms=round(got[0] * 1e3, 5), scatter_ms=got[1] and round(got[1] * 1e3, 5),
-                copy_gb_s=round(moved / got[2] / 1e9, 2), gflops=round(flops / got[3] / 1e9, 1), others=others(), **more)
+    row = dict(case, how=how, samples=count['samples'], operations=count['operations'], gathered_mb=mb(count['gathered']),
+               compulsory_mb={k: mb(v) for k, v in count['compulsory'].items()}, gather_ms=got[0] and round(got[0] * 1e3, 5), scatter_ms=got[1] and round(got[1] * 1e3, 5),
+               copy_gb_s=round(moved / got[2] / 1e9, 2), gflops=round(flops / got[3] / 1e9, 1), others=others(), **more)
     if gpu: row['predicted_us'] = predict.predictions(entry, row, rows)
     return row
 
@@ -325,7 +327,7 @@ def run(job, entry=None):
         with contextlib.suppress(ops.Missing): prepare(entry, name, arguments(entry, cases[0]))      # imports what the peers need
     if job.get('memory') and job['device'] == 'cpu' and Path('/proc/self/clear_refs').exists():
         for case in cases:
-            if case['points'] != 'near' or case['direction'] == 'bwd' or 'against' in case: continue
+            if case['points'] != entry.points[0] or case['direction'] == 'bwd' or 'against' in case: continue
             for name in job['implementations']: memory[name, case['workload'], case['dtype'], case['direction']] = forked(functools.partial(peak_here, entry, name, case))
             say(f"  memory of {case['workload']} {case['dtype']} {case['direction']}")
     torch.set_num_threads(job['threads'])
@@ -351,7 +353,7 @@ def run(job, entry=None):
                 out['limits'].append(measure_limits(entry, case, job['budget'], others))
                 out['limits'][-1].pop('sizes', None)
                 workload = case['workload']
-                say(f"  limits of {workload} {points}: gather {out['limits'][-1]['gather_ms']:.3g} ms")
+                say(f"  limits of {workload} {points}: copies {out['limits'][-1]['copy_gb_s']} GB/s")
     return out
 
 def main():
