@@ -130,7 +130,7 @@ def test_carried_library(tmp_path):
 
 # ---- predictions
 
-GROUND = dict(copy_gb_s=1000., gflops=1000., l2_gb_s=2000., reduce_gb_s={'4 at a time': 500.}, launch_us=2.)
+GROUND = dict(copy_gb_s=1000., gflops=1000., l2_gb_s=2000., reduce_gb_s={'4 at a time': 500.}, issue_g_s=4000., launch_us=2.)
 
 def test_predictions():
     "By hand: 1 MB at 1000 GB/s takes 1 µs."
@@ -138,7 +138,7 @@ def test_predictions():
     got = predict.predict(count, GROUND)
     assert got['fwd'] == dict(memory=1, cache=4, arithmetic=1, launch=2, total=6) and predict.longest(got['fwd']) == 'cache'
     assert got['bwd'] == dict(memory=3, cache=4, arithmetic=2, reductions=10, launch=2, total=12) and got['fwd_bwd'] == dict(total=18)
-    assert predict.predict(count, GROUND, reads=2e6)['fwd']['total'] == 3
+    assert predict.predict(count, GROUND, reads=2e6)['fwd']['total'] == 3 and predict.longest(predict.predict(count, GROUND, dict(fwd=20e6))['fwd']) == 'instructions'
     assert predict.ground(dict(copy_gb_s=1)) is None and predict.ground(GROUND) is GROUND
 
 def test_predictions_of_an_entry(entry):

@@ -202,7 +202,7 @@ def build_deformops():
     out.parent.mkdir(exist_ok=True)
     cuda = folder/'backends'/'cuda'
     subprocess.run([native.compiler('cuda'), '-O2', *flags, f'-gencode=arch=compute_{ARCH},code=sm_{ARCH}', '-w', '-shared', '-Xcompiler', '-fPIC', '-cudart', 'static', f"-I{cuda/'include'}", f"-I{native.torch_folder()/'include'}",
-                    cuda/f'{name}.cpp', cuda/f'{name}.cu', '-o', out], check=True)
+                    cuda/f'{name}.cpp', cuda/f'{name}.cu', '-o', out, f"-L{native.torch_folder()/'lib'}", '-ltorch_cpu', '-ltorch_cuda'], check=True)
 
 def prepare() -> bool:
     "Fetch and build all, and say of each whether it is there."

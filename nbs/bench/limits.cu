@@ -6,6 +6,17 @@ __device__ __forceinline__ i64 threads() { return gridDim.x * i64(blockDim.x); }
 
 extern "C" __global__ void nothing() {}
 
+// 128 multiplications and additions of each thread, `times` over: what the GPU can issue.
+extern "C" __global__ void multiply_add(float* to, i64 times) {
+    float x[8], sum = 0;
+    for (int i = 0; i < 8; i++) x[i] = threadIdx.x + i;
+    for (i64 t = 0; t < times; t++)
+        #pragma unroll
+        for (int i = 0; i < 128; i++) x[i % 8] = fmaf(x[i % 8], .999f, .5f);
+    for (int i = 0; i < 8; i++) sum += x[i];
+    if (sum == 1e30f) *to = sum;
+}
+
 // Reads `count` times 16 bytes, `times` over, past the first-level caches.
 extern "C" __global__ void read(const float4* from, i64 count, i64 times, float* to) {
     float sum = 0;

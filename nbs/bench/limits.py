@@ -100,12 +100,13 @@ def cuda_scatter(rows):
 
 def cuda_ground(table):
     """By name: a function, and the bytes it moves: reads of a table again and again from the second-level cache; additions to rows of 32 numbers,
-    1, 2 or 4 numbers at a time, to rows of the whole table or of its 64th part; and nothing at all."""
+    1, 2 or 4 numbers at a time, to rows of the whole table or of its 64th part. `issue`, with instructions instead of bytes: of single threads; `launch`: nothing at all."""
     threads, to, rows = torch.cuda.get_device_properties(table.device).multi_processor_count * 2048, torch.zeros_like(table), table.numel() // 32
     def read(times=8): launch('read', threads, table, table.numel() // 4, times, to)
     def reduce(width, rows, times=64): return lambda: launch(f'reduce_{width}', threads, to, rows, times)
     moved = {f'{w} at a time': (reduce(w, rows), threads * w * 4 * 64) for w in (1, 2, 4)}
-    return {'l2': (read, table.numel() * 4 * 8), **moved, '4 at a time, few rows': (reduce(4, max(1, rows // 64)), threads * 4 * 4 * 64), 'launch': (lambda: kernels().launch('nothing', (1, 1, 1), (32, 1, 1)), 0)}
+    def issue(): launch('multiply_add', threads, to, 64)
+    return {'l2': (read, table.numel() * 4 * 8), 'issue': (issue, threads * 128 * 64), **moved, '4 at a time, few rows': (reduce(4, max(1, rows // 64)), threads * 4 * 4 * 64), 'launch': (lambda: kernels().launch('nothing', (1, 1, 1), (32, 1, 1)), 0)}
 
 def distinct(rows, queries):
     "How many rows blocks of so many queries of one table read, each row once for each block."

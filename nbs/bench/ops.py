@@ -33,6 +33,7 @@ class Entry:
     cuda_workloads:dict = field(default_factory=dict)   # Sizes by name on a GPU; empty: those of the CPU
     cuda_goals:dict = field(default_factory=dict)       # On a GPU: (implementation, direction, dtype) -> microseconds of the kernels, by workload
     cuda_ratios:dict = field(default_factory=dict)      # (implementation, direction, dtype, how the names of the others begin, 'peers' or 'reductions') -> times as fast as the best of them, by workload
+    instructions:dict = field(default_factory=dict)     # (direction, dtype) -> instructions of single threads for a sample, counted in the native kernel's machine code
     reads:Callable = None # reads(rows, bytes of a value) -> bytes from the second-level cache on a GPU if a block's rows stay near it
     def on(self, device):
         "Sizes by name on that device."
@@ -164,6 +165,7 @@ def _multiscale():
         memory={('native', 'fwd'): ('output + 10 %', lambda row, base, sizes: row['peak_mb'] <= 1.1 * out_mb(sizes) + .5),     # half a megabyte is what the measuring itself may err
                 ('native', 'fwd_bwd'): ("1/12 of the peer's", lambda row, base, sizes: row['peak_mb'] <= base['peak_mb'] / 12)},
         cuda_workloads=dict(encoder=msda_sizes(2, IMAGE, 8, 32), decoder=msda_sizes(2, IMAGE, 8, 32, q=300), decoder900=msda_sizes(2, IMAGE, 8, 32, q=900)), reads=msda_reads,
+        instructions={('fwd', 'float32'): 169 + 8 * 171 / 2, ('fwd', 'bfloat16'): 170 + 4 * 191},      # sm_90: the loop over samples, and for each thread of a row the loop that reads (of two samples in float32)
         cuda_goals={('native', 'fwd', 'float32'): dict(encoder=120, decoder=10, decoder900=15), ('native', 'fwd', 'bfloat16'): dict(encoder=95)},
         cuda_ratios={('native', 'fwd', 'float32', '2020 kernel'): dict(encoder=3), ('native', 'fwd', 'float32', 'deformops'): dict(encoder=1.3), ('native', 'bwd', 'float32', 'peers'): dict(encoder=1 / .75),
                      ('native', 'bwd', 'float32', 'reductions'): dict(encoder=1 / 1.25), ('native deterministic', 'bwd', 'float32', 'native'): dict(encoder=.5)})

@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 import results
 
-# For an H200 until its micro-benchmarks have run: copy and arithmetic by the vendor's data sheet, the others assumed.
-ASSUMED = dict(copy_gb_s=4800., gflops=67000., l2_gb_s=5500., reduce_gb_s={'4 at a time': 2700.}, launch_us=2.)
+# For an H200 until its micro-benchmarks have run: copy, arithmetic and issue by the vendor's data sheet, the others assumed.
+ASSUMED = dict(copy_gb_s=4800., gflops=67000., l2_gb_s=5500., reduce_gb_s={'4 at a time': 2700.}, issue_g_s=33450., launch_us=2.)
 
 def ground(row):
     "What a row of `limits` says of the machine; None if it has no micro-benchmarks of a GPU."
@@ -17,15 +17,17 @@ def ground(row):
 def predict(
     count,       # What an entry's `count` says, for the bytes of a value
     ground,      # As ASSUMED
+    instructions={},     # Of single threads, by direction, where they were counted
     reads=None,  # Bytes that come from the second-level cache, again and again; all that are gathered, if left out
 ) -> dict:       # By direction: microseconds, by term and in total
-    """Forward: the longest of what must move to and from memory, what is read from the second-level cache, and the arithmetic; each if it were alone.
+    """Forward: the longest of what must move to and from memory, what is read from the second-level cache, the arithmetic, and the instructions; each if it were alone.
     Backward: the same, and what is added to rows. `launch`, which an empty kernel takes as well, comes on top. Both passes: their sum."""
     us = lambda amount, per_ns: amount / per_ns / 1e3       # GB/s are bytes per nanosecond
     out = {}
     for direction in ('fwd', 'bwd'):
         terms = dict(memory=us(count['compulsory'][direction], ground['copy_gb_s']), cache=us(count['gathered'] if reads is None else reads, ground['l2_gb_s']),
                      arithmetic=us(count['operations'][direction], ground['gflops']))
+        if direction in instructions: terms['instructions'] = us(instructions[direction], ground['issue_g_s'])
         if direction == 'bwd': terms['reductions'] = us(count.get('reduced', 0), ground['reduce_gb_s']['4 at a time'])
         out[direction] = dict(terms, launch=ground['launch_us'], total=max(terms.values()) + ground['launch_us'])
     out['fwd_bwd'] = dict(total=out['fwd']['total'] + out['bwd']['total'])
@@ -39,7 +41,8 @@ def predictions(entry, row, counted):
     "By dtype what `predict` says for a row of `limits`; `counted` is what `row` of an entry's rows gives."
     sizes = entry.on('cuda')[row['workload']]
     def reads(size): return entry.reads(counted, size) if counted and entry.reads else 0 if entry.rows is None else None     # without rows, what is read again lies next to it
-    return {dtype: predict(entry.count(sizes, size), row, reads(size)) for dtype, size in (('float32', 4), ('bfloat16', 2))}
+    def instructions(dtype): return {d: entry.count(sizes, 4)['samples'] * n for (d, t), n in entry.instructions.items() if t == dtype}
+    return {dtype: predict(entry.count(sizes, size), row, instructions(dtype), reads(size)) for dtype, size in (('float32', 4), ('bfloat16', 2))}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

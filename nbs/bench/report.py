@@ -185,7 +185,7 @@ class Report:
         found = self.pick(self.limit_rows)
         if not found: return []
         middle = lambda key: statistics.median(o[key] for o in found)
-        if self.device == 'cuda': return Sentences([f"This GPU copies {middle('copy_gb_s'):.0f} GB/s (bytes read plus bytes written) and multiplies float32 matrices at {middle('gflops') / 1e3:.1f} TFLOP/s."] + [
+        if self.device == 'cuda': return Sentences([f"This GPU copies {middle('copy_gb_s'):.0f} GB/s (bytes read plus bytes written) and multiplies float32 matrices at {middle('gflops') / 1e3:.1f} TFLOP/s.", f"It issues {middle('issue_g_s') / 1e3:.1f} instructions of single threads in a picosecond."] + [
             f"`{o['workload']}`: its table of values is read from the second-level cache at {o['l2_gb_s']:.0f} GB/s. Random rows of it are added to at " + ', '.join(f'{v:.0f} GB/s ({k})' for k, v in o['reduce_gb_s'].items()) +
             f". An empty kernel takes {o['launch_us']:.2f} µs." for o in found if predict.ground(o) and o['points'] == self.entry.points[0]])
         return Sentences([f"With {self.threads} thread{'s' * (self.threads > 1)} this machine copies {middle('copy_gb_s'):.0f} GB/s (bytes read plus bytes written) and multiplies matrices at {middle('gflops'):.0f} GFLOP/s."

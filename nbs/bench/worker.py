@@ -91,7 +91,8 @@ def compare(call, want, dtype, gradients):
     "Raise `WrongResult` unless outputs (and gradients) are those of the baseline."
     if gradients: out, grads = call.both(want['grad'].to(want['out'].dtype if dtype == 'float32' else getattr(torch, dtype)))
     else: out, grads = call.forward(), ()
-    for what, a, b, tolerance in [('output', out, want['out'], TOLERANCE[dtype][0])] + [(f'gradient {i}', a, b, TOLERANCE[dtype][1]) for i, (a, b) in enumerate(zip(grads, want['grads']))]:
+    slack = 3 if out.device.type == 'cuda' else 1       # its sums are in another order each time, and some peers divide roughly
+    for what, a, b, tolerance in [('output', out, want['out'], slack * TOLERANCE[dtype][0])] + [(f'gradient {i}', a, b, slack * TOLERANCE[dtype][1]) for i, (a, b) in enumerate(zip(grads, want['grads']))]:
         off = ((a.float() - b).abs().max() / b.abs().max()).item() if a.shape == b.shape else math.nan
         if not off <= tolerance: raise WrongResult(f"{call.name} in {dtype}: {what} differs from the baseline's by {off:.2g} of its largest value; {tolerance:.2g} is allowed")
 
@@ -308,7 +309,7 @@ def measure_limits(entry, case, budget, others):
     if gpu:
         found = {name: (median(f), moves) for name, (f, moves) in limits.cuda_ground(rows['table'] if rows else torch.randn(2**23, device='cuda')).items()}
         gb_s = {name: round(moves / t / 1e9, 1) for name, (t, moves) in found.items() if moves}
-        more = dict(l2_gb_s=gb_s.pop('l2'), launch_us=round(found['launch'][0] * 1e6, 2), reduce_gb_s=gb_s)
+        more = dict(l2_gb_s=gb_s.pop('l2'), issue_g_s=gb_s.pop('issue'), launch_us=round(found['launch'][0] * 1e6, 2), reduce_gb_s=gb_s)
     row = dict(case, how=how, samples=count['samples'], operations=count['operations'], gathered_mb=mb(count['gathered']),
                compulsory_mb={k: mb(v) for k, v in count['compulsory'].items()}, gather_ms=got[0] and round(got[0] * 1e3, 5), scatter_ms=got[1] and round(got[1] * 1e3, 5),
                copy_gb_s=round(moved / got[2] / 1e9, 2), gflops=round(flops / got[3] / 1e9, 1), others=others(), **more)
