@@ -119,7 +119,7 @@ def test_bad_arguments(args, says, capsys):
 
 def fake(monkeypatch, work):
     monkeypatch.setattr(bench, 'work', work)
-    monkeypatch.setattr(bench, 'about', lambda names, args: (run_of(), dict(multiscale=ABOUT)))
+    monkeypatch.setattr(bench, 'about', lambda names, args, device: (run_of(), dict(multiscale=ABOUT)))
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, SystemExit])
 def test_interrupted(error, tmp_path, monkeypatch):

@@ -216,6 +216,9 @@ for dtype in TYPES.values():
     test_repeatable_when_asked('cuda', dtype)
 for layout in LAYOUTS: test_layouts_of_values('cuda', layout, 8, torch.float32)
 for empty in (dict(q=0), dict(b=0), dict(k=0), dict(d=0), dict(n=0)): test_nothing_to_do('cuda', empty, torch.float32)
+import dilated_cases as dilated
+for dtype in TYPES.values():
+    for ks in (3, 5): dilated.exact(dilated.inputs('cuda', n=6, d=8, h=5, w=9, dtype=dtype), ks, (1, 2, 3))
 '''
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def make(folder, cpp=CPP, past=0):
     "Settings and sources of the toy in `folder`; `past` makes it read that many numbers too far."
     folder.mkdir(parents=True, exist_ok=True)
     text = (root/'settings.ini').read_text()
-    for o, name in (('cpp', 'gate.cpp'), ('cu', 'gate.cu')): text = re.sub(rf'^sources = .*\.{o}$', f'sources = kernels/{name}', text, flags=re.M)
+    for o in ('cpp', 'cu'): text = re.sub(rf'^sources = .*\.{o}$', f'sources = kernels/gate.{o}', text, flags=re.M)
     (folder/'settings.ini').write_text(text)
     (folder/'kernels').mkdir(exist_ok=True)
     (folder/'kernels'/'gate.cpp').write_text(cpp.replace('PAST', str(past)))

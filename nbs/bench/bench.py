@@ -33,17 +33,25 @@ ABOUT = '''import importlib.metadata as m, json, platform, sys, torch, ops
 def version(o):
     try: return m.version(o)
     except m.PackageNotFoundError: return None
-def about(e): return dict(op=e.op, workloads=list(e.workloads), peers=list(e.peers), points=list(e.points), slow=e.slow_peers, sweeps={k: v[1] for k, v in e.sweeps.items()}, kinds=list(e.kinds))
+device = sys.argv[1]
+def about(e): return dict(op=e.op, workloads=list(e.on(device)), peers=list(e.peers), elsewhere=[] if device == 'cuda' else e.cuda_peers, points=list(e.points), slow=e.slow_peers, sweeps={k: v[1] for k, v in e.sweeps.items()}, kinds=list(e.kinds))
 versions = dict(python=platform.python_version(), torch=torch.__version__, **{o: version(o) for o in ('transformers', 'deformlit')})
+if device == 'cuda': versions.update(cuda=torch.version.cuda, triton=version('triton'), deformops=version('deformops'))
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-print(json.dumps(dict(versions=versions, gpu=gpu, entries={o: about(ops.entry(o)) for o in sys.argv[1:]})))'''
+print(json.dumps(dict(versions=versions, gpu=gpu, entries={o: about(ops.entry(o)) for o in sys.argv[2:]})))'''
 
-def about(names, args):
+def driver():
+    "The version of NVIDIA's driver, or None."
+    try: return subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True, text=True, timeout=30).stdout.split()[0]
+    except (OSError, IndexError, subprocess.TimeoutExpired): return None
+
+def about(names, args, device='cpu'):
     "The description of this run, and what ops.py says of each op; asked in a process of its own."
-    r = subprocess.run([sys.executable, '-c', ABOUT, *names], cwd=here, env=environment(1), capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', ABOUT, device, *names], cwd=here, env=environment(1), capture_output=True, text=True)
     if r.returncode: sys.exit(r.stderr)
     found, (model, isa, cores) = json.loads(r.stdout.splitlines()[-1]), cpu()
     if found['versions']['deformlit'] is None: found['versions']['deformlit'] = re.search(r'__version__ = "(.*)"', (root/'deformlit'/'__init__.py').read_text())[1]
+    if device == 'cuda': found['versions']['driver'] = driver()
     given = [o for i, o in enumerate(args) if not o.startswith('--out') and (i == 0 or args[i - 1] != '--out')]      # where the file lies is nobody's business
     run = dict(date=time.strftime('%Y-%m-%d %H:%M:%S'), command=' '.join(['make bench', *([f'ARGS="{shlex.join(given)}"'] if given else [])]),
                machine=dict(cpu=model, isa=isa, cores=cores, gpu=found['gpu']), versions=found['versions'], load=dict(before=[round(o, 2) for o in os.getloadavg()]))
@@ -77,13 +85,16 @@ def jobs(name, a, entry):
     """The processes for one op. `entry` is what `about` says of it. A job has
     name, op, device; threads, malloc, isa: its process; implementations; cases: what is measured; budget: seconds for each;
     memory, limits: whether these are measured too."""
-    names = [o for o in entry['peers'] if a.all or o not in entry['slow']] + list(WAYS)
+    names = [o for o in entry['peers'] if o not in entry.get('elsewhere', ()) and (a.all or o not in entry['slow'])] + list(WAYS)
+    if a.device == 'cuda': names.append('native deterministic')
+    if a.implementation: names = list(dict.fromkeys([entry['peers'][0], *a.implementation]))
+    if a.limits: names = []
     workloads, threads = a.workload or entry['workloads'], a.threads
     dtypes = a.dtype or (['float32'] if a.quick else ['float32', 'bfloat16'])
     common = dict(name=name, op=entry['op'], device=a.device, malloc='default', isa='default', implementations=names, budget=a.seconds or (1.5 if a.quick else 5))
     both, main, points = ['fwd', 'fwd_bwd'], threads[-1], entry['points']
-    if a.device == 'cuda':
-        yield dict(common, threads=main, limits=True, cases=cases(workloads, points, dtypes, both))
+    if a.limits or a.device == 'cuda':
+        yield dict(common, threads=main, limits=a.limits, cases=cases(workloads, points, dtypes, ['fwd', 'bwd', 'fwd_bwd']))
         return
     for t in threads[-1:] if a.quick else threads:
         if a.quick: todo = cases(workloads, points[:1], dtypes, both)
@@ -112,7 +123,7 @@ def bench(name, a, run, entry):
     reasons = {(row['implementation'], row['why']) for row in new['left_out']}
     for who, why in sorted(reasons): print(f'left out: {who}: {why}', file=sys.stderr)
     if run['load']['others'] > .2: print(f"other processes used up to {run['load']['others']} cores meanwhile: do not trust these figures", file=sys.stderr)
-    print(f"{len(new['rows']) + len(new['sweeps'])} rows written to {path}")
+    print(f"{sum(len(new[o]) for o in results.LISTS[:3])} rows written to {path}")
 
 def choose(name, a, run, entry):
     "Rank our ways for each kind of input by time, and write the ranking where `ranking` of the core reads it."
@@ -144,6 +155,8 @@ def parser():
     p.add_argument('--workload', nargs='+', help='only these workloads, and no sweeps')
     p.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), help='only these dtypes')
     p.add_argument('--all', action='store_true', help='with the peers that are slow to compile')
+    p.add_argument('--implementation', nargs='+', metavar='NAME', help='only these peers and ways, beside the baseline')
+    p.add_argument('--limits', action='store_true', help='only the micro-benchmarks')
     p.add_argument('--seconds', type=float, help='how long to repeat each measurement (at least 5 rounds)')
     p.add_argument('--choose', action='store_true', help='rank our ways by kind of input instead, and write deformlit/choices.json')
     p.add_argument('--out', type=Path, default=root/'runs'/'bench', help='folder of the results')
@@ -156,8 +169,11 @@ def main(args=None):
     a = p.parse_args(args)
     if min(a.threads) < 1: p.error(f'argument --threads: expected numbers above zero, got {min(a.threads)}')
     if a.seconds is not None and a.seconds <= 0: p.error(f'argument --seconds: expected a number above zero, got {a.seconds}')
-    run, entries = about(a.op, args)
+    run, entries = about(a.op, args, a.device)
     for name in a.op:
+        known = [*entries[name]['peers'], *WAYS, 'native deterministic']
+        for o in a.implementation or ():
+            if o not in known: p.error(f"argument --implementation: expected one of {', '.join(known)} for {name}, got {o!r}")
         for o in a.workload or ():
             if o not in entries[name]['workloads']: p.error(f"argument --workload: expected one of {', '.join(entries[name]['workloads'])} for {name}, got {o!r}")
     if a.device == 'cuda' and run['machine']['gpu'] is None: p.error('argument --device: PyTorch sees no CUDA device here')

@@ -1,6 +1,6 @@
 """Micro-benchmarks beside the ops: what the reads and writes of an op cost when nothing else is done, the machine's copy, and its arithmetic.
 
-On the CPU `limits.cpp` is compiled for this machine, if there is a compiler; otherwise, and on CUDA, PyTorch's own `embedding_bag` and `index_add_` stand in."""
+On the CPU `limits.cpp` is compiled for this machine, if there is a compiler, and on a GPU `limits.cu`; otherwise PyTorch's own `embedding_bag` and `index_add_` stand in."""
 import ctypes, functools, os, subprocess, tempfile
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -66,5 +66,51 @@ def copy(device, megabytes=128):
 
 def multiply(device, size=1024):
     "A product of matrices in float32, and its operations."
-    a = torch.ones(size * (4 if device == 'cuda' else 1), size, device=device)
+    a = torch.randn(size * (4 if device == 'cuda' else 1), size, device=device)
     return lambda: a @ a[:size], 2 * a.shape[0] * size * size
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def kernels():
+    "`limits.cu`, compiled by NVRTC when the first of its kernels is launched."
+    from deformlit.native import Kernels
+    return Kernels(Path(__file__).with_name('limits.cu').read_text())
+
+def launch(name, threads, *args): kernels().launch(name, (-(-threads // 256), 1, 1), (256, 1, 1), *args)
+
+def by_rows(rows):
+    "Queries, points and threads for a row, as `limits.cu` takes them; None where it does not take such rows."
+    (tables, queries, points), d = rows['first'].shape, rows['table'].shape[1]
+    return None if rows['table'].device.type != 'cuda' or d % 4 or 256 % (d // 4) else (tables * queries, points, d // 4)
+
+def cuda_gather(rows):
+    "A function that reads and adds the rows on a GPU; None if it cannot."
+    if (sizes := by_rows(rows)) is None: return None
+    out = torch.empty(sizes[0], rows['table'].shape[1], device='cuda')
+    def gather(): launch('gather', sizes[0] * sizes[2], *(rows[o] for o in ('table', 'first', 'weights', 'width', 'step')), out, *sizes); return out
+    return gather
+
+def cuda_scatter(rows):
+    "A function that adds to the rows on a GPU and does nothing else; None if it cannot."
+    if (sizes := by_rows(rows)) is None: return None
+    to, grad = torch.zeros_like(rows['table']), torch.ones(sizes[0], rows['table'].shape[1], device='cuda')
+    def scatter(): launch('scatter', sizes[0] * sizes[2], to, *(rows[o] for o in ('first', 'weights', 'width', 'step')), grad, *sizes); return to
+    return scatter
+
+def cuda_ground(table):
+    """By name: a function, and the bytes it moves: reads of a table again and again from the second-level cache; additions to rows of 32 numbers,
+    1, 2 or 4 numbers at a time, to rows of the whole table or of its 64th part. `issue`, with instructions instead of bytes: of single threads; `launch`: nothing at all."""
+    threads, to, rows = torch.cuda.get_device_properties(table.device).multi_processor_count * 2048, torch.zeros_like(table), table.numel() // 32
+    def read(times=8): launch('read', threads, table, table.numel() // 4, times, to)
+    def reduce(width, rows, times=64): return lambda: launch(f'reduce_{width}', threads, to, rows, times)
+    moved = {f'{w} at a time': (reduce(w, rows), threads * w * 4 * 64) for w in (1, 2, 4)}
+    def issue(): launch('multiply_add', threads, to, 64)
+    return {'l2': (read, table.numel() * 4 * 8), 'issue': (issue, threads * 128 * 64), **moved, '4 at a time, few rows': (reduce(4, max(1, rows // 64)), threads * 4 * 4 * 64), 'launch': (lambda: kernels().launch('nothing', (1, 1, 1), (32, 1, 1)), 0)}
+
+def distinct(rows, queries):
+    "How many rows blocks of so many queries of one table read, each row once for each block."
+    first, step, width = rows['first'], rows['step'], rows['width']
+    if more := -first.shape[1] % queries: first = torch.cat([first, first[:, -1:].expand(-1, more, -1)], 1)       # the last query again reads nothing new
+    numbers = torch.stack([first, first + step, first + width, first + width + step], -1).view(-1, queries * first.shape[2] * 4).sort(-1).values
+    return int((numbers[:, 1:] != numbers[:, :-1]).sum()) + len(numbers)

@@ -1,10 +1,13 @@
 """The ops that `make bench` measures: one `Entry` each, which says what to run, on what sizes, beside which peers.
 
-To add an op, write an `Entry` for it and name it in `ENTRIES`; nothing else knows an op by name."""
-import importlib.util, math
-from dataclasses import dataclass
+To add an op, write an `Entry` for it and name it in `ENTRIES`; nothing else knows an op by name. A GPU has workloads of its own,
+and peers that raise `Missing` elsewhere."""
+import importlib.util, math, os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable
 import torch
+import limits
 
 class Missing(Exception): "A peer is not installed, or cannot run here; says why."
 
@@ -25,11 +28,21 @@ class Entry:
     rows:Callable         # rows(args) -> what the micro-benchmarks read: see `limits.py`; None if there are none for it
     goals:dict            # What is aimed at: speedup over the baseline by (implementation, direction) and workload
     memory:dict           # The same for memory: (implementation, direction) -> sentence, test of (row, baseline's row, sizes)
-    points:tuple=('near', 'uniform')     # What `inputs` knows to make of points, the first for what is measured once; ('none',) for an op without
+    points:tuple = ('near', 'uniform')   # What `inputs` knows to make of points, the first for what is measured once; ('none',) for an op without
+    cuda_peers:tuple = () # Names of the peers that run on a GPU only
+    cuda_workloads:dict = field(default_factory=dict)   # Sizes by name on a GPU; empty: those of the CPU
+    cuda_goals:dict = field(default_factory=dict)       # On a GPU: (implementation, direction, dtype) -> microseconds of the kernels, by workload
+    cuda_ratios:dict = field(default_factory=dict)      # (implementation, direction, dtype, how the names of the others begin, 'peers' or 'reductions') -> times as fast as the best of them, by workload
+    instructions:dict = field(default_factory=dict)     # (direction, dtype) -> instructions of single threads for a sample, counted in the native kernel's machine code
+    reads:Callable = None # reads(rows, bytes of a value) -> bytes from the second-level cache on a GPU if a block's rows stay near it
+    def on(self, device):
+        "Sizes by name on that device."
+        return self.cuda_workloads if device == 'cuda' and self.cuda_workloads else self.workloads
 
 # ---- multi-scale deformable attention ------------------------------------------------------------------------------
 
 def pyramid(side, levels=4): return [(max(1, side >> i),) * 2 for i in range(levels)]
+IMAGE = [(100, 134), (50, 67), (25, 34), (13, 17)]      # the levels of an image of about 800 x 1070 pixels
 def pixels(shapes): return sum(h * w for h, w in shapes)
 
 def msda_sizes(b, shapes, n, d, q=None, k=4): return dict(b=b, shapes=shapes, n=n, d=d, k=k, q=q or pixels(shapes))
@@ -68,13 +81,50 @@ def transformers_msda_compiled(args):
     f, args = transformers_msda(args)
     return torch.compile(f, fullgraph=True, dynamic=False), args
 
+def deformops_msda(name):
+    "`deformops` by one of its backends, 'TRITON' or 'CUDA'. On a GPU that can add 16-bit numbers it does so for half precision, as it would by itself."
+    def build(args):
+        if importlib.util.find_spec('deformops') is None: raise Missing('deformops is not installed')
+        value, shapes, points, weights = args
+        if value.device.type != 'cuda': raise Missing('its kernels need a GPU')
+        try: from deformops.registry import Backend, msda
+        except Exception as e: raise Missing(f'deformops cannot be imported: {e}')
+        sizes, starts = levels_on(value, shapes)
+        more = dict(fp32acc=False) if name == 'TRITON' else {}
+        def deformops(value, points, weights): return msda(value, sizes, starts, points, weights.flatten(3), backend=Backend[name], **more)
+        return deformops, (value, points, weights.to(value.dtype))
+    return build
+
+def kernel_2020_msda(args):
+    "The kernel of Deformable DETR (2020), built from mmcv's sources: see `kernel_2020.py`."
+    folder, (value, shapes, points, weights) = os.environ.get('DEFORMLIT_MMCV'), args
+    if not folder or not Path(folder).is_dir(): raise Missing("the environment's DEFORMLIT_MMCV names no folder with mmcv's sources")
+    if value.device.type != 'cuda' or value.dtype != torch.float32: raise Missing('it needs a GPU and takes float32 only')
+    import kernel_2020
+    try: c = kernel_2020.loaded(folder)
+    except Exception as e: raise Missing(f'it could not be built: {e}')
+    sizes, starts = levels_on(value, shapes)
+    def kernel(value, points, weights): return kernel_2020.Kernel2020.apply(value, sizes, starts, points, weights, c)
+    return kernel, (value, points, weights)
+
+def levels_on(value, shapes):
+    "Sizes of the levels and their first pixels as tensors."
+    sizes = torch.tensor(shapes, device=value.device)
+    return sizes, torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
+
 def msda_count(sizes, size):
-    "8 operations for each sample and channel forward (4 neighbours, multiply and add), 16 more backward; every tensor moved once is compulsory."
+    "8 operations for each sample and channel forward (4 neighbours, multiply and add), 16 more backward; every tensor moved once is compulsory. The gradient of the values is added up in float32."
     b, q, n, d, k, shapes = (sizes[o] for o in ('b', 'q', 'n', 'd', 'k', 'shapes'))
     samples, value, out = b * q * n * len(shapes) * k, b * pixels(shapes) * n * d * size, b * q * n * d * size
     fwd, bwd = value + 12 * samples + out, 2 * value + 24 * samples + out
     return dict(samples=samples, operations=dict(fwd=8 * d * samples, bwd=16 * d * samples, fwd_bwd=24 * d * samples),
-                gathered=4 * d * size * samples, compulsory=dict(fwd=fwd, bwd=bwd, fwd_bwd=fwd + bwd))
+                gathered=4 * d * size * samples, reduced=4 * d * 4 * samples, compulsory=dict(fwd=fwd, bwd=bwd, fwd_bwd=fwd + bwd))
+
+def msda_reads(rows, size):
+    "A block has 256 threads, and for each of its queries one for every 16 bytes of a row, up to 32."
+    d = rows['table'].shape[1]
+    lanes = min(32, 1 << max(0, math.ceil(math.log2(d * size / 16))))
+    return limits.distinct(rows, 256 // lanes) * d * size
 
 def msda_rows(args):
     "A table of rows for each (image, head), and for each of its queries and points the first of the four rows that are read: r, r + 1, r + w, r + w + 1."
@@ -107,12 +157,18 @@ def _multiscale():
         kinds={3: msda_sizes(1, pyramid(32), 8, 32, q=25), 4: msda_sizes(1, pyramid(32), 8, 32, q=250), 5: msda_sizes(1, pyramid(44), 8, 32),
                6: msda_sizes(2, pyramid(96), 8, 32), 7: msda_sizes(4, pyramid(128), 8, 32)},
         inputs=msda_inputs, cast=msda_cast, count=msda_count, rows=msda_rows,
-        peers={'transformers': transformers_msda, 'transformers compiled': transformers_msda_compiled}, slow_peers=('transformers compiled',),
+        peers={'transformers': transformers_msda, 'transformers compiled': transformers_msda_compiled, '2020 kernel': kernel_2020_msda,
+               'deformops Triton': deformops_msda('TRITON'), 'deformops CUDA': deformops_msda('CUDA')}, slow_peers=('transformers compiled',), cuda_peers=('2020 kernel', 'deformops Triton', 'deformops CUDA'),
         goals={('native', 'fwd'): dict(enc=60, dec=20, small=11), ('native', 'fwd_bwd'): dict(enc=27, dec=18, small=10),
                ('compiled', 'fwd'): dict(enc=15, dec=7, small=2), ('compiled', 'fwd_bwd'): dict(enc=7, dec=5, small=2.5),
                ('eager', 'fwd'): dict(enc=5, dec=2, small=1), ('eager', 'fwd_bwd'): dict(enc=2, dec=1.2, small=1)},
         memory={('native', 'fwd'): ('output + 10 %', lambda row, base, sizes: row['peak_mb'] <= 1.1 * out_mb(sizes) + .5),     # half a megabyte is what the measuring itself may err
-                ('native', 'fwd_bwd'): ("1/12 of the peer's", lambda row, base, sizes: row['peak_mb'] <= base['peak_mb'] / 12)})
+                ('native', 'fwd_bwd'): ("1/12 of the peer's", lambda row, base, sizes: row['peak_mb'] <= base['peak_mb'] / 12)},
+        cuda_workloads=dict(encoder=msda_sizes(2, IMAGE, 8, 32), decoder=msda_sizes(2, IMAGE, 8, 32, q=300), decoder900=msda_sizes(2, IMAGE, 8, 32, q=900)), reads=msda_reads,
+        instructions={('fwd', 'float32'): 169 + 8 * 171 / 2, ('fwd', 'bfloat16'): 170 + 4 * 191},      # sm_90: the loop over samples, and for each thread of a row the loop that reads (of two samples in float32)
+        cuda_goals={('native', 'fwd', 'float32'): dict(encoder=120, decoder=10, decoder900=15), ('native', 'fwd', 'bfloat16'): dict(encoder=95)},
+        cuda_ratios={('native', 'fwd', 'float32', '2020 kernel'): dict(encoder=3), ('native', 'fwd', 'float32', 'deformops'): dict(encoder=1.3), ('native', 'bwd', 'float32', 'peers'): dict(encoder=1 / .75),
+                     ('native', 'bwd', 'float32', 'reductions'): dict(encoder=1 / 1.25), ('native deterministic', 'bwd', 'float32', 'native'): dict(encoder=.5)})
 
 # ---- dilated window attention ---------------------------------------------------------------------------------------
 
@@ -137,6 +193,32 @@ def unfold(q, k, v, kernel_size, dilations):
 
 def unfold_compiled(args): return torch.compile(unfold, fullgraph=True, dynamic=False), args
 
+def flex_dilated(args):
+    """`flex_attention` over keys and values inside a border of zeros, with a mask of blocks. Compiled it takes rows of a power of two only, so zeros are put behind each."""
+    q, k, v, ks, dilations = args
+    if q.device.type != 'cuda': raise Missing('on the CPU it has no backward pass')
+    return dilated_by_flex(q, ks, dilations, torch.compile), args
+
+def dilated_by_flex(q, ks, dilations, compiled=lambda f, **kw: f):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    b, n, d, h, w = q.shape
+    flex, more, parts = compiled(flex_attention, dynamic=False), max(16, 1 << (d - 1).bit_length()) - d, []
+    for dilation in dilations:
+        far = dilation * (ks // 2)
+        def mask(b, n, i, j, dilation=dilation, far=far):
+            y, x = j // (w + 2 * far) - far - i // w, j % (w + 2 * far) - far - i % w
+            return (y.abs() <= far) & (y % dilation == 0) & (x.abs() <= far) & (x % dilation == 0)
+        parts.append((far, create_block_mask(mask, None, None, h * w, (h + 2 * far) * (w + 2 * far), device=q.device)))
+    pad = torch.nn.functional.pad
+    def flex_dilated(q, k, v, ks, dilations):
+        out = []
+        for q, k, v, (far, mask) in zip(*(o.chunk(len(dilations), 1) for o in (q, k, v)), parts):
+            tokens = lambda o: pad(o.flatten(3).mT, (0, more)).contiguous()
+            o = flex(tokens(q), *(tokens(pad(o, (far,) * 4)) for o in (k, v)), block_mask=mask, scale=d**-.5)
+            out.append(o[..., :d].mT.unflatten(-1, (h, w)))
+        return torch.cat(out, 1)
+    return flex_dilated
+
 def dilated_count(sizes, size):
     """4 operations for each query, key of its window and channel forward (a product with the key, one with the value), 8 more backward and 2 to have the weights again;
     every map moved once is compulsory. Each key is read twice forward and five times backward."""
@@ -160,7 +242,8 @@ def _dilated():
         kinds={3: dilated_sizes(1, 8, 8, 3, 8, (1, 2, 3)), 4: dilated_sizes(1, 14, 14, 3, 24, (1, 2, 3)), 5: dilated_sizes(1, 56, 56, 3, 24, (1, 2, 3)),
                6: dilated_sizes(8, 56, 56, 3, 24, (1, 2, 3)), 7: dilated_sizes(64, 56, 56, 3, 24, (1, 2, 3))},
         inputs=dilated_inputs, cast=dilated_cast, count=dilated_count, rows=None,
-        peers={'unfold': lambda args: (unfold, args), 'unfold compiled': unfold_compiled}, slow_peers=('unfold compiled',),
+        peers={'unfold': lambda args: (unfold, args), 'unfold compiled': unfold_compiled, 'flex_attention': flex_dilated}, slow_peers=('unfold compiled',), cuda_peers=('flex_attention',),
+        cuda_workloads=dict(stage1=dilated_sizes(128, 56, 56, 3, 24, (1, 2, 3))), cuda_goals={('native', 'fwd', 'bfloat16'): dict(stage1=80)}, cuda_ratios={('native', 'fwd', 'bfloat16', 'unfold'): dict(stage1=6)},
         goals={('native', 'fwd'): dict(t1=35, t1h8=60), ('native', 'fwd_bwd'): dict(t1=38, t1h8=48), ('compiled', 'fwd'): dict(t1=10, t1h8=15)},
         memory={('native', 'fwd'): tenth, ('native', 'fwd_bwd'): tenth})
 

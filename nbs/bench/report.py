@@ -1,6 +1,6 @@
 """What the page `speed.ipynb` shows of `runs/bench/*.json`: tables, figures, and sentences that hold whatever the numbers are."""
 import functools, statistics
-import ops, results
+import ops, predict, results
 from deformlit.core import Table
 from deformlit.show import COLOURS, INK, panels
 
@@ -25,9 +25,10 @@ class Sentences(list):
     def _repr_markdown_(self): return '\n'.join(f'- {o}' for o in self) if len(self) > 1 else ''.join(self)
 
 def told(f):
-    "Instead of a table or a figure, a sentence where there are no measurements."
+    "Instead of a table or a figure, a sentence where there are no measurements; on a GPU one for all."
     @functools.wraps(f)
     def _f(self, *args, **kwargs):
+        if self.data is None and self.device == 'cuda': return Sentences(['No measurement on a GPU is here yet: `python nbs/bench/gpu.py` makes them.']) if f.__name__ == 'about' else None
         if self.data is None: return Sentences([f'There is no `runs/bench/{self.name}.json`: `make bench` writes it.'])
         return f(self, *args, **kwargs) or Sentences(['This was not measured yet: `make bench` does.'])
     return _f
@@ -41,6 +42,7 @@ class Report:
         kernels=None,  # The digest of the kernels that count as fresh; those of this checkout, if left out
     ):
         self.name, self.device, self.data, self.entry = name, device, results.read(folder/f'{name}.json'), ops.entry(name)
+        self.workloads = self.entry.on(device)
         self.now, self.base = kernels or results.kernels_hash(op=name), next(iter(self.entry.peers))
         mine = lambda o: [row for row in (self.data or {}).get(o, []) if row['device'] == device and row.get('timing') != 'eager']
         self.rows, self.sweeps, self.limit_rows = mine('rows'), mine('sweeps'), mine('limits')
@@ -53,7 +55,7 @@ class Report:
     def order(self, rows):
         "The implementations in `rows`, and their (workload, direction), each in our order."
         there = {row['implementation'] for row in rows}, {(row['workload'], row['direction']) for row in rows}
-        return [o for o in self.colours() if o in there[0]], [(w, d) for w in self.entry.workloads for d in WORDS if (w, d) in there[1]]
+        return [o for o in self.colours() if o in there[0]], [(w, d) for w in self.workloads for d in WORDS if (w, d) in there[1]]
     def kinds(self):
         "What is written behind a number where it holds for one kind of points only."
         return {o: f" with {o} points" if len(self.entry.points) > 1 else "" for o in self.entry.points}
@@ -103,19 +105,19 @@ class Report:
                     out.append(f"`{workload}`, {WORDS[direction]}: '{who}' is {times(worst['speedup_over_eager'])} as fast as {self.base}{self.kinds()[worst['points']]}; the goal is {least:g}x.")
         for row, sentence, ok in self.memory_rows():
             # output and gradients have the shapes of output and inputs, which is what the forward pass must move
-            must = self.entry.count(self.entry.workloads[row['workload']], 4)['compulsory']['fwd'] / 1e6
+            must = self.entry.count(self.workloads[row['workload']], 4)['compulsory']['fwd'] / 1e6
             alone = f' (output and gradients alone are {must:.1f} MB)' if row['direction'] == 'fwd_bwd' else ''
             if ok is False: out.append(f"`{row['workload']}`, {WORDS[row['direction']]}: '{row['implementation']}' needs {row['peak_mb']:.1f} MB beyond its inputs{alone}; the goal is {sentence}.")
         if unknown: out.append('Not measured: ' + '; '.join(unknown) + '.')
         return Sentences(out or ["Every goal is reached" + f", with {' and with '.join(self.entry.points)} points" * (len(self.entry.points) > 1) + "."])
 
     @told
-    def times(self, points=None):
+    def times(self, points=None, dtype='float32'):
         "Milliseconds of all implementations."
         points = points or self.entry.points[0]
-        names, cases = self.order(self.pick(points=points))
+        names, cases = self.order(self.pick(points=points, dtype=dtype))
         cell = lambda row: '' if row is None else f"{ms(row['median_ms'])} ± {ms(row['iqr_ms'] / 2)}" + self.mark(row)
-        rows = [(w, WORDS[d], *(cell(self.one(workload=w, direction=d, points=points, implementation=o)) for o in names)) for w, d in cases]
+        rows = [(w, WORDS[d], *(cell(self.one(workload=w, direction=d, points=points, dtype=dtype, implementation=o)) for o in names)) for w, d in cases]
         return rows and Table(('workload', 'direction', *(f'{o} (ms)' for o in names)), rows)
 
     @told
@@ -123,7 +125,7 @@ class Report:
         "How the speedup of one way depends on threads, malloc, instruction set, dtype and points."
         settings = [(f'{self.threads} threads', {}), ('uniform points', dict(points='uniform')), *((f'{t} thread', dict(threads=t)) for t in sorted({row['threads'] for row in self.rows} - {self.threads})),
                     ('malloc tuned', dict(malloc='tuned')), ('bfloat16 values', dict(dtype='bfloat16')), *((f'only {o}', dict(isa=o)) for o in ('avx512', 'avx2', 'baseline'))]
-        cases = [(w, d) for d in ('fwd', 'fwd_bwd') for w in self.entry.workloads]
+        cases = [(w, d) for d in ('fwd', 'fwd_bwd') for w in self.workloads]
         first = lambda row: times(row['first_speedup']) + self.mark(row) if row else ''
         rows = [('first call of a turn', *(first(self.one(workload=w, direction=d, points=self.entry.points[0], implementation=who)) for w, d in cases))]
         rows += [(name, *(self.speedup(row) if (row := self.one(**{**dict(workload=w, direction=d, points=self.entry.points[0], implementation=who), **want})) else '' for w, d in cases)) for name, want in settings]
@@ -134,7 +136,7 @@ class Report:
     def effect(self, word, **want):
         "What one setting does to the baseline, in a sentence."
         out = []
-        for w in self.entry.workloads:
+        for w in self.workloads:
             a, b = (self.one(workload=w, direction='fwd', implementation=self.base, **{**dict(points=self.entry.points[0]), **o}) for o in ({}, want))
             if a and b and a is not b: out.append(f"on `{w}` {ms(b['median_ms'])} ms instead of {ms(a['median_ms'])} ms")
         return out and Sentences([f"{word}, {self.base} takes " + ', '.join(out) + ' (forward).'])
@@ -142,7 +144,7 @@ class Report:
     def memory_rows(self):
         "(row, goal in words, whether it is reached)."
         for (who, direction), (sentence, test) in self.entry.memory.items():
-            for w, sizes in self.entry.workloads.items():
+            for w, sizes in self.workloads.items():
                 row, base = (self.one(workload=w, direction=direction, points=self.entry.points[0], implementation=o) for o in (who, self.base))
                 if row and row['peak_mb'] is not None and base and base['peak_mb']: yield row, sentence, test(row, base, sizes)
 
@@ -183,13 +185,50 @@ class Report:
         found = self.pick(self.limit_rows)
         if not found: return []
         middle = lambda key: statistics.median(o[key] for o in found)
+        if self.device == 'cuda': return Sentences([f"This GPU copies {middle('copy_gb_s'):.0f} GB/s (bytes read plus bytes written) and multiplies float32 matrices at {middle('gflops') / 1e3:.1f} TFLOP/s.", f"It issues {middle('issue_g_s') / 1e3:.1f} instructions of single threads in a picosecond."] + [
+            f"`{o['workload']}`: its table of values is read from the second-level cache at {o['l2_gb_s']:.0f} GB/s. Random rows of it are added to at " + ', '.join(f'{v:.0f} GB/s ({k})' for k, v in o['reduce_gb_s'].items()) +
+            f". An empty kernel takes {o['launch_us']:.2f} µs." for o in found if predict.ground(o) and o['points'] == self.entry.points[0]])
         return Sentences([f"With {self.threads} thread{'s' * (self.threads > 1)} this machine copies {middle('copy_gb_s'):.0f} GB/s (bytes read plus bytes written) and multiplies matrices at {middle('gflops'):.0f} GFLOP/s."
                           + (f" Rows are read by {' or '.join(sorted({o['how'] for o in found}))}." if any(o['how'] for o in found) else "")])
+
+    # ---- on a GPU
+
+    @told
+    def kernels(self, who='native'):
+        "Microseconds: what the counts predict, what the kernels take when a graph replays them, what a call from Python takes, and what is aimed at."
+        calls = {tuple(row[k] for k in ('workload', 'points', 'dtype', 'direction', 'implementation')): row for row in self.data['rows'] if row['device'] == self.device and row['timing'] == 'eager'}
+        us, rows = lambda row: '' if row is None else f"{1e3 * row['median_ms']:.1f}{self.mark(row)}", []
+        for o in self.pick(self.limit_rows):
+            for dtype, by in o.get('predicted_us', {}).items():
+                for direction, terms in by.items():
+                    key = o['workload'], o['points'], dtype, direction, who
+                    row, goal = self.one(**dict(zip(('workload', 'points', 'dtype', 'direction', 'implementation'), key))), self.entry.cuda_goals.get((who, direction, dtype), {}).get(o['workload'])
+                    if not row: continue
+                    rows.append((*key[:3], WORDS[direction], f"{terms['total']:.1f}", predict.longest(terms), us(row), f"{1e3 * row['median_ms'] / terms['total']:.2g}x", us(calls.get(key)),
+                                 '' if goal is None else f"{goal} ({'yes' if 1e3 * row['median_ms'] <= goal else 'no'})"))
+        return rows and Table(('workload', 'points', 'dtype', 'direction', 'predicted (µs)', 'by', 'kernels (µs)', 'of the prediction', 'called (µs)', 'goal (µs)'), rows)
+
+    @told
+    def ratios(self):
+        "How many times as fast as the best of some others, beside what is aimed at."
+        rows = []
+        for (who, direction, dtype, others), goals in self.entry.cuda_ratios.items():
+            for workload, least in goals.items():
+                for points in self.entry.points:
+                    want, known = dict(workload=workload, direction=direction, points=points, dtype=dtype), {'peers': tuple(self.entry.peers)}.get(others, others)
+                    mine = self.one(implementation=who, **want)
+                    found = {o['implementation']: o['median_ms'] for o in self.pick(**want) if o is not mine and o['implementation'].startswith(known)}
+                    if others == 'reductions': found = {o['how']: o['scatter_ms'] for o in self.pick(self.limit_rows, workload=workload, points=points) if o['scatter_ms']}
+                    if not mine or not found: rows.append((who, WORDS[direction], workload, points, dtype, others, '', f'{least:.3g}x', 'not measured')); continue
+                    best = min(found, key=found.get)
+                    got = found[best] / mine['median_ms']
+                    rows.append((who, WORDS[direction], workload, points, dtype, best, times(got) + self.mark(mine), f'{least:.3g}x', 'yes' if got >= least else 'no'))
+        return rows and Table(('way', 'direction', 'workload', 'points', 'dtype', 'best of the others', 'times as fast', 'goal', 'reached'), rows)
 
     # ---- figures
 
     def colours(self):
-        names = list(dict.fromkeys([self.base, 'eager', 'compiled', 'native', *self.entry.peers]))
+        names = list(dict.fromkeys([self.base, 'eager', 'compiled', 'native', *self.entry.peers, 'native deterministic']))
         return {name: INK if name == self.base else COLOURS[i - 1] for i, name in enumerate(names)}
 
     @told
