@@ -182,7 +182,7 @@ def library(
     with locked(folder/'lock'):
         if out.exists(): return out
         for o in folder.glob('.*'): o.unlink()      # what a killed build left
-        say(f"building the native ops with {Path(compiler(kind)).name}, {'a few' if kind == 'cpu' else 'some twenty'} seconds, once")
+        say(f"building the native ops with {Path(compiler(kind)).name}, {'half a minute' if kind == 'cpu' else 'a minute'}, once")
         try: return build(kind, out, root)
         except BuildError as e:
             (folder/'build.log').write_text(e.log or str(e))

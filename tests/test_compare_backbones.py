@@ -274,9 +274,9 @@ def test_reach_is_shown_and_judged(tmp_path):
     c = Backbones(folder=tmp_path/'a')
     text = shown(c.reach())
     assert len(c.reach().rows) == 6 and '(58)' in text and '0.12' in text and c.show_reach() is None
-    assert 'So shallow attention is more local than deep attention here, too' in shown(c.judge_reach()) and 'most in layer 1,' in shown(c.judge_reach())
+    assert 'So shallow attention is local, more so than deep attention, and sparse here, too' in shown(c.judge_reach()) and 'most in layer 1,' in shown(c.judge_reach())
     fake(tmp_path/'b', 'vit', .5, reach=a_reach([6, 4, 3, 2, 1.5, 1]))
-    assert 'So shallow attention is not more local' in shown(Backbones(folder=tmp_path/'b').judge_reach())
+    assert 'So shallow attention is neither local nor sparse' in shown(Backbones(folder=tmp_path/'b').judge_reach())
     fake(tmp_path/'b', 'dilateformer_dense', .5, reach=a_reach([3]))
     assert 'In the first layer of the dense DilateFormer' in shown(Backbones(folder=tmp_path/'b').judge_reach())
 

@@ -44,7 +44,7 @@ class Backbones(Compared):
         "A column of the history by images seen (above: epochs), and by time."
         axes = panels(2, size=(4.4, 3.3))
         for o, r in self.runs.items():
-            for ax, x in zip(axes, ([o / 1000 for o in r.at_scenes], r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o), marker='o', ms=3, label=self.name(o))
+            for ax, x in zip(axes, ([n / 1000 for n in r.at_scenes], r.at_minutes)): ax.plot(x, r.curve(column), color=self.colour(o.removesuffix('_dense')), ls='--' if o.endswith('_dense') else '-', marker='o', ms=3, label=self.name(o))
         for ax, what in zip(axes, ('thousand images seen', 'minutes')): ax.set(xlabel=what, ylabel=column.replace('_', ' '), xlim=(0, None))
         n = next(iter(self.runs.values())).config['images'] / 1000
         above = axes[0].secondary_xaxis('top', functions=(lambda x: x / n, lambda x: x * n))
@@ -96,8 +96,11 @@ class Backbones(Compared):
         local, fewest = max(range(len(near)), key=near.__getitem__), min(range(len(keys)), key=keys.__getitem__)
         said = [f'Local? The nearest 3 x 3 patches get {first:.1f} times what they would get if all keys were equal in the first {third} layers of the ViT, {last:.1f} times in the last {third}; most in layer {local + 1}, {near[local]:.1f} times.',
                 f"Sparse? {o['share']:.0%} of the attention takes {mean(keys[:third]):.0f} of the {n} keys in the first {third} layers, {mean(keys[-third:]):.0f} in the last {third}; fewest in layer {fewest + 1}, {keys[fewest]:.0f}. Equal attention would take {layers[0]['equal']['keys']:.0f}."]
-        if first > 1.1 * last: said.append('So shallow attention is more local than deep attention here, too: what DilateFormer begins from.')
-        else: said.append('So shallow attention is not more local than deep attention after so short a training. DilateFormer saw that it is, in a ViT trained to the end.')
+        later = 'DilateFormer saw both in a ViT trained to the end, on ImageNet; so short a training does not show it.'
+        said.append({(True, True): 'So shallow attention is local, more so than deep attention, and sparse here, too: what DilateFormer begins from.',
+                     (True, False): f'So shallow attention is local here, more so than deep attention, but not sparse. {later}',
+                     (False, True): f'So shallow attention is sparse here, but not local: which few keys count, the image says, and not the distance. {later}',
+                     (False, False): f'So shallow attention is neither local nor sparse here. {later}'}[first > 1.1 and first > 1.1 * last, mean(keys[:third]) < .5 * layers[0]['equal']['keys']])
         dense = self.seen('dilateformer_dense')
         if dense:
             r = dense['layers'][0]
