@@ -227,7 +227,9 @@ def formulations() -> dict:
 
     class UnfoldedWindows(MultiDilatedAttention):
         "DilateFormer: `unfold` copies each key and each value once for every query that reads it."
-        def attend(self, q, k, v, dilation):
+        def attend(self, q, k, v, dilations):
+            return torch.cat([self.unfolded(*o) for o in zip(*(o.chunk(len(dilations), 1) for o in (q, k, v)), dilations)], 1)
+        def unfolded(self, q, k, v, dilation):
             b, n, d, h, w = q.shape
             pad = dilation * (self.kernel_size - 1) // 2
             windows = lambda o: F.unfold(o.flatten(1, 2), self.kernel_size, dilation, pad).view(b, n, d, -1, h * w).permute(0, 1, 4, 2, 3)    # b n (h w) d k
