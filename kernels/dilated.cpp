@@ -67,7 +67,8 @@ Tensor dilated_attn(Tensor q, Tensor k, Tensor v, int64_t kernel_size, std::vect
     return out;
 }
 
-Gradients dilated_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int64_t kernel_size, std::vector<int64_t> dilations, double padding, double scale) {
+Gradients dilated_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int64_t kernel_size, std::vector<int64_t> dilations,
+                                double padding, double scale) {
     const Problem o = problem(q, k, v, kernel_size, dilations, padding, scale, &grad);
     Gradients to{like(q), like(q), like(q)};
     dispatch(o, q, grad, q, k, v, to);

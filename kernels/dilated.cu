@@ -39,7 +39,8 @@ struct Kernels {
         const T *from_g = (const T*)grad.data_ptr(), *from_q = (const T*)q.data_ptr();
         launch(backward, blocks(p), stream(q), plan(p), from_g, from_q, (const T*)k.data_ptr(), (const T*)v.data_ptr(),
                (T*)std::get<0>(to).data_ptr(), (A*)room.data_ptr());
-        launch(gather, blocks(p), stream(q), plan(p), from_g, from_q, (const A*)room.data_ptr(), (T*)std::get<1>(to).data_ptr(), (T*)std::get<2>(to).data_ptr());
+        launch(gather, blocks(p), stream(q), plan(p), from_g, from_q, (const A*)room.data_ptr(),
+               (T*)std::get<1>(to).data_ptr(), (T*)std::get<2>(to).data_ptr());
     }
 };
 #define KERNELS(name) {dilated_forward_##name, dilated_backward_##name, dilated_gather_##name}
@@ -66,7 +67,8 @@ Tensor dilated_attn(Tensor q, Tensor k, Tensor v, int64_t kernel_size, std::vect
     dispatch(p, q, q, k, v, out);
     return out;
 }
-Gradients dilated_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int64_t kernel_size, std::vector<int64_t> dilations, double padding, double scale) {
+Gradients dilated_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int64_t kernel_size, std::vector<int64_t> dilations,
+                                double padding, double scale) {
     const Problem p = problem(q, k, v, kernel_size, dilations, padding, scale, &grad);
     Gradients to{like(q), like(q), like(q)};
     dispatch(p, q, grad, q, k, v, to);

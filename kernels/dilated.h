@@ -9,14 +9,14 @@
 #endif
 #endif
 
-// region window
+// region dilated_window
 // Along an axis, how many pixels key i of `ks` lies from its query.
 DEFORMLIT_INLINE long long reach(int i, int ks, int dilation) { return (long long)(i - ks / 2) * dilation; }
 
 DEFORMLIT_INLINE bool inside(long long at, int size) { return at >= 0 && at < size; }
-// endregion window
+// endregion dilated_window
 
-// region softmax
+// region dilated_softmax
 template <typename A>
 DEFORMLIT_INLINE A largest(const A* logits, int count, A top) {
     for (int j = 0; j < count; j++) top = logits[j] > top ? logits[j] : top;
@@ -30,10 +30,10 @@ DEFORMLIT_INLINE A shares(A* logits, int count, A top) {
     for (int j = 0; j < count; j++) total += logits[j] = exponential(logits[j] - top);
     return total;
 }
-// endregion softmax
+// endregion dilated_softmax
 
-// region slope
+// region dilated_slope
 // The gradient to a logit, from its share (all add up to 1), the gradient to the share, and the mean of these by share.
 template <typename A>
 DEFORMLIT_INLINE A slope(A share, A grad, A mean) { return share * (grad - mean); }
-// endregion slope
+// endregion dilated_slope

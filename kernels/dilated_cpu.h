@@ -5,7 +5,7 @@
 #include "exp.h"
 #include "dilated.h"
 
-// region rows
+// region dilated_rows
 // The rows of a map that are at work, as A: `count` of them, the newest in the place of the oldest. In each row, channel after
 // channel, `w` pixels and then zeros, as many as a window reaches beyond the border; what is above and below is a row of zeros.
 template <typename A>
@@ -52,9 +52,9 @@ void window(Rows<A>& rows, const Problem& o, int dilation, int64_t y, A** key) {
             *key++ = x > -o.w && x < o.w ? rows(y + reach(i, o.ks, dilation)) + x : rows.zeros;
         }
 }
-// endregion rows
+// endregion dilated_rows
 
-// region dots
+// region dilated_dots
 // The dot products over the channels of each query with the `count` keys of its window, W queries at a time.
 template <int W, int N = 9, typename T, typename A>
 void dots(const T* q, int64_t stride, A* const* key, int64_t wide, int64_t x, int d, int count, V<A, W>* to) {
@@ -69,9 +69,9 @@ void dots(const T* q, int64_t stride, A* const* key, int64_t wide, int64_t x, in
     }
     if constexpr (N > 1) if (j < count) dots<W, N / 3>(q, stride, key + j, wide, x, d, count - j, to + j);
 }
-// endregion dots
+// endregion dilated_dots
 
-// region gather
+// region dilated_gather
 // The sum of share * row over the `count` rows of the window, W pixels and N channels at a time.
 template <int W, int N = 8, typename T, typename A>
 void gather(const V<A, W>* share, A* const* row, int64_t wide, int64_t x, int d, int count, T* to, int64_t stride) {
@@ -86,9 +86,9 @@ void gather(const V<A, W>* share, A* const* row, int64_t wide, int64_t x, int d,
     }
     if constexpr (N > 1) if (c < d) gather<W, LESS<N>>(share, row, wide, c * wide + x, d - c, count, to + c * stride, stride);
 }
-// endregion gather
+// endregion dilated_gather
 
-// region attend
+// region dilated_attend
 // Keys outside have the logit zero by themselves, for their rows are zeros. Any other `padding` is written in their place.
 template <int W, typename A>
 void pad(const Problem& o, int dilation, int64_t y, int64_t x0, V<A, W>* logit) {
@@ -114,7 +114,7 @@ void weigh(const Problem& o, const T* q, A* const* key, int64_t wide, int dilati
     const V<A, W> whole = A(1) / shares(share, count, largest(share, count, share[0]));
     for (int j = 0; j < count; j++) share[j] *= whole;
 }
-// endregion attend
+// endregion dilated_attend
 
 // region dilated_forward
 template <int W, typename T, typename A>
@@ -132,8 +132,9 @@ void forward_row(const Problem& o, const T* q, A* const* key, A* const* value, i
 struct Unit {
     int n, dilation;
     int64_t b, far, from, to;
-    Unit(const Problem& o, int64_t strips, int64_t i) : n(i / strips / o.b), dilation(o.dilation(n)), b(i / strips % o.b), far(reach(o.ks - 1, o.ks, dilation)),
-        from(o.h * (i % strips) / strips), to(o.h * (i % strips + 1) / strips) {}
+    Unit(const Problem& o, int64_t strips, int64_t i)
+        : n(i / strips / o.b), dilation(o.dilation(n)), b(i / strips % o.b), far(reach(o.ks - 1, o.ks, dilation)), from(o.h * (i % strips) / strips),
+          to(o.h * (i % strips + 1) / strips) {}
     int64_t at(const Map& m) const { return b * m.b + n * m.n; }
 };
 
@@ -191,13 +192,17 @@ void queries_row(const Problem& o, const T* q, const T* grad, A* const* key, A* 
 
 // The gradients of a row of keys and values: key j of a query has that query at the place of its own key count - 1 - j.
 template <int W, typename T, typename A>
-void keys_row(const Problem& o, A* const* share, A* const* slope, A* const* query, A* const* grad, int64_t wide, int64_t y, void* room, T* to_k, T* to_v) {
+void keys_row(const Problem& o, A* const* share, A* const* slope, A* const* query, A* const* grad, int64_t wide, int64_t y, void* room,
+              T* to_k, T* to_v) {
     if constexpr (W > 1) if (o.w < W) return keys_row<LESS<W>>(o, share, slope, query, grad, wide, y, room, to_k, to_v);
     const int count = o.ks * o.ks;
     V<A, W> *p = (V<A, W>*)room, *s = p + count;
     for (int64_t i = 0; i < o.w; i += W) {
         const int64_t x = std::min<int64_t>(i, o.w - W), plane = int64_t(o.h) * o.w;
-        for (int j = 0; j < count; j++) { p[j] = load<W>(share[j] + (count - 1 - j) * wide + x); s[j] = load<W>(slope[j] + (count - 1 - j) * wide + x); }
+        for (int j = 0; j < count; j++) {
+            p[j] = load<W>(share[j] + (count - 1 - j) * wide + x);
+            s[j] = load<W>(slope[j] + (count - 1 - j) * wide + x);
+        }
         gather<W>(s, query, wide, x, o.d, count, to_k + y * o.w + x, plane);
         gather<W>(p, grad, wide, x, o.d, count, to_v + y * o.w + x, plane);
     }
@@ -205,7 +210,8 @@ void keys_row(const Problem& o, A* const* share, A* const* slope, A* const* quer
 
 // Nobody adds to another's gradients: each key gathers what its queries have to say, once they all have said it.
 template <typename T, typename A>
-void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* v, T* to_q, T* to_k, T* to_v, int64_t strips, int64_t begin, int64_t end) {
+void backward(const Problem& o, const T* grad, const T* q, const T* k, const T* v, T* to_q, T* to_k, T* to_v,
+              int64_t strips, int64_t begin, int64_t end) {
     constexpr int W = LANES * sizeof(float) / sizeof(A);
     const int count = o.ks * o.ks;
     std::vector<A*> one(count), two(count), three(count), four(count);

@@ -28,7 +28,8 @@ __device__ __forceinline__ Tile tile(const CudaProblem& o, i64 i) {
     const int per_map = tiles_of_a_map(o), n = int(i / per_map % o.n);
     const i64 pixel = i % per_map * PIXELS + threadIdx.x % PIXELS;
     const bool real = pixel < (i64)o.h * o.w;
-    return {i / per_map / o.n, n, o.dilations[(i64)n * o.groups / o.n], real ? int(pixel / o.w) : 0, real ? int(pixel % o.w) : 0, real ? int(pixel) : 0, real};
+    const int at = real ? int(pixel) : 0;
+    return {i / per_map / o.n, n, o.dilations[(i64)n * o.groups / o.n], at / o.w, at % o.w, at, real};
 }
 
 // Where key j of the window lies, counted in pixels from the query; OUTSIDE the map it is read as zeros.
@@ -41,7 +42,8 @@ __device__ __forceinline__ int step(const CudaProblem& o, const Tile& at, int j)
 // endregion dilated_plan
 
 // region dilated_products
-// The dot products of a pixel of `a` with nine of `b`. Each group of threads adds up its channels; then it has each ninth key, and adds up the groups.
+// The dot products of a pixel of `a` with nine of `b`. Each group of threads adds up its channels. Then each adds up all groups, for
+// a key or two of the nine.
 template <typename T, typename A>
 __device__ __forceinline__ void products(const CudaProblem& o, const T* a, i64 stride_a, const T* b, i64 stride_b, const int* steps, A* to) {
     __shared__ A part[GROUPS][KEYS][PIXELS];
@@ -148,7 +150,8 @@ __device__ void backward(const CudaProblem& o, const T* grad, const T* q, const 
             for (int j = 0; j < count; j++) {
                 const int there = step(o, at, j);
                 if (there == OUTSIDE) continue;
-                const A share = exponential(my_room[(i64)j * plane] - top) / total, to_logit = slope(share, my_slope[(i64)j * plane], mean) * A(o.scale);
+                const A share = exponential(my_room[(i64)j * plane] - top) / total;
+                const A to_logit = slope(share, my_slope[(i64)j * plane], mean) * A(o.scale);
                 #pragma unroll
                 for (int e = 0; e < CHANNELS; e++) if (c0 + e * GROUPS < o.d) sum[e] += to_logit * widen(my_k[(c0 + e * GROUPS) * o.k.d + there]);
             }

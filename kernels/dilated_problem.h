@@ -44,7 +44,7 @@ inline Problem problem(Tensor& q, Tensor& k, Tensor& v, int64_t ks, const std::v
     for (int i = 1; i < 5; i++) STD_TORCH_CHECK(q.size(i) < most / 2, "dilated_attn: heads, channels, height and width must be below 2^30");
     STD_TORCH_CHECK(q.size(3) * q.size(4) < most, "dilated_attn: a map must have fewer than 2^31 pixels");
     STD_TORCH_CHECK(ks > 0 && ks % 2 == 1 && ks < (1 << 15), "dilated_attn: `kernel_size` must be odd, above zero and below 2^15");
-    STD_TORCH_CHECK(!(padding != padding) && padding < std::numeric_limits<double>::infinity(), "dilated_attn: `padding` must be a number below infinity");
+    STD_TORCH_CHECK(padding < std::numeric_limits<double>::infinity(), "dilated_attn: `padding` must be a number below infinity");
     Problem o{q.size(0), int(q.size(1)), int(q.size(2)), int(q.size(3)), int(q.size(4)), int(ks), {}, padding, scale, {}, {}, {}, {}};
     STD_TORCH_CHECK(dilations.size() > 0 && o.n % int64_t(dilations.size()) == 0,
                     "dilated_attn: `dilations` must hold one for each of equal groups of heads");

@@ -5,9 +5,11 @@ from torch.testing import assert_close
 import formula
 from deformlit.backbones import create_model
 from deformlit.checkpoints import entries, layouts, load_weights, to_layout
-from deformlit.dilated import MultiDilatedAttention
+from deformlit.core import backend
+from deformlit.dilated import MultiDilatedAttention, _dilated
 from deformlit.dilateformer import *
 from test_golden import FILES, Fixture, folder, only
+from truth import need_native
 
 # ---- the systems: each is built from the file's constructor arguments
 
@@ -44,25 +46,29 @@ class ModelFile:
         return dict(seen, logits=logits)
 
 SYSTEMS = dict(DilateBlock=BlockFile, GlobalBlock=GlobalBlockFile, Dilateformer=ModelFile)
-RUN = [(name, case) for name, (kind, cases) in FILES.items() if kind in SYSTEMS for case in cases]
+RUN = [(name, case, way) for name, (kind, cases) in FILES.items() if kind in SYSTEMS for case in cases for way in ('eager', 'native')]
 
-@pytest.mark.parametrize('name,case', RUN, ids=lambda o: o.removesuffix('.safetensors'))
-def test_golden(name, case, parity):
+@pytest.mark.parametrize('name,case,way', RUN, ids=lambda o: o.removesuffix('.safetensors'))
+def test_golden(name, case, way, parity):
+    if way == 'native': need_native()
     f = Fixture(folder/name)
     system = SYSTEMS[f.kind](f.config)
     system.model.load_state_dict({system.ours(n): t for n, t in f.state_dict().items()}, strict=True)
     system.model.eval()
     inputs, grads, gradw = f.part(f'input/{case}/'), f.part(f'grad/{case}/'), f.part(f'gradw/{case}/')
     leaves = {n: t.clone().requires_grad_(n in grads) for n, t in inputs.items()}
-    outputs, params = system(**leaves), dict(system.model.named_parameters())
-    for n in f.part(f'output/{case}/'): f.check(f'output/{case}/{n}', outputs[n], parity, 'outputs' if n in ('logits', 'y') else 'maps of the stages')
+    _dilated.ran = None
+    with backend(way, 'dilated_attn'): outputs, params = system(**leaves), dict(system.model.named_parameters())
+    assert _dilated.ran == (way if any(isinstance(m, MultiDilatedAttention) for m in system.model.modules()) else None)
+    by = ', native' * (way == 'native')
+    for n in f.part(f'output/{case}/'): f.check(f'output/{case}/{n}', outputs[n], parity, ('outputs' if n in ('logits', 'y') else 'maps of the stages') + by)
     for n, t in inputs.items(): assert torch.equal(leaves[n], t), f'input {n} was changed'
     sum((outputs[n] * w).sum() for n, w in gradw.items()).backward()
-    for n in grads: f.check(f'grad/{case}/{n}', leaves[n].grad if n in leaves else params[system.ours(n.removeprefix('state_dict/'))].grad, parity, 'gradients')
+    for n in grads: f.check(f'grad/{case}/{n}', leaves[n].grad if n in leaves else params[system.ours(n.removeprefix('state_dict/'))].grad, parity, 'gradients' + by)
 
 def test_all_are_run(tell):
-    assert {FILES[n][0] for n, _ in RUN} == set(SYSTEMS)
-    tell(f'golden: {len(RUN)} cases of {len({n for n, _ in RUN})} files of DilateFormer')
+    assert {FILES[n][0] for n, _, _ in RUN} == set(SYSTEMS)
+    tell(f'golden: {len(RUN)} cases of {len({n for n, _, _ in RUN})} files of DilateFormer')
 
 @pytest.mark.parametrize('name', [n for n, (kind, _) in FILES.items() if kind == 'Dilateformer'])
 def test_official_weights_round_trip(name, parity):

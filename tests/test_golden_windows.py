@@ -6,12 +6,13 @@ from deformlit.core import backend, needs_compiler
 from deformlit.dilated import *
 from deformlit.windows import *
 from test_golden import FILES, Fixture, folder, only
+from truth import need_native
 
 # ---- the systems: each is built from the file's constructor arguments; `names` says what its parts are called officially
 
 class Dilated:
     "The official op has all heads side by side, and gives `b h w c`."
-    model, names, op, ways = None, {}, dilated._dilated, ('loop', 'eager', 'compiled')
+    model, names, op, ways = None, {}, dilated._dilated, ('loop', 'eager', 'compiled', 'native')
     def __init__(self, config): self.c = only(config, head_dim=any, kernel_size=any, dilation=any, qk_scale=any)
     def __call__(self, q, k, v):
         q, k, v = (o.unflatten(1, (-1, self.c['head_dim'])) for o in (q, k, v))
@@ -57,6 +58,7 @@ SLOW = [pytest.mark.slow, pytest.mark.skipif(needs_compiler() is not None, reaso
 
 @pytest.mark.parametrize('name,case,way', [pytest.param(*o, marks=SLOW if o[2] == 'compiled' else pytest.mark.slow if o[2] == 'loop' and FILES[o[0]][0] not in ('DilateAttention', 'MultiDilatelocalAttention') else []) for o in RUN])
 def test_golden(name, case, way, parity):
+    if way == 'native': need_native()
     f = Fixture(folder/name)
     system = SYSTEMS[f.kind](f.config)
     if system.model is not None:
