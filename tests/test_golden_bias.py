@@ -2,7 +2,10 @@
 gives every output and gradient of the file."""
 import pytest, torch
 from deformlit.deformed_keys import *
+from deformlit.core import backend
 from deformlit.relative_bias import *
+from deformlit.relative_bias import _attend
+from truth import need_native
 from test_golden import FILES, fixture, only
 
 NAMES = [n for n, (kind, _) in FILES.items() if kind == 'DAttentionBaseline']
@@ -38,16 +41,22 @@ def signed(points, h, w):
     size = torch.tensor([w, h])
     return ((points * size - .5) / (size - 1) * 2 - 1).flip(-1)
 
+@pytest.mark.parametrize('way', ['eager', 'native'])
 @pytest.mark.parametrize('name, case', [(n, c) for n in NAMES for c in FILES[n][1]])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
-def test_deformed_keys(name, case, layout, parity):
+def test_deformed_keys(name, case, layout, way, parity):
     f = fixture(name)
     model = build(f.config).eval()
+    if way == 'native':
+        if not isinstance(model.bias, InterpolatedBias): pytest.skip('no table: one way only')
+        need_native()
     model.load_state_dict({our_name(n): t for n, t in f.state_dict().items()})
     inputs, grads, gradw = f.part(f'input/{case}/'), f.part(f'grad/{case}/'), f.part(f'gradw/{case}/')
     x = inputs['x'].clone().contiguous(memory_format=layout).requires_grad_()
     assert set(inputs) == {'x'}
-    y = model(x)
+    _attend.ran = None
+    with backend(way, 'table_attend'): y = model(x)
+    assert _attend.ran == (way if isinstance(model.bias, InterpolatedBias) else None)
     q = model.q_proj(x)
     points = model.points(q)
     h, w = x.shape[2:]

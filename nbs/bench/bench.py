@@ -12,7 +12,7 @@ from pathlib import Path
 import results
 
 here, root = Path(__file__).resolve().parent, results.root
-NAMES = ('multiscale', 'dilated')      # the entries of ops.py, which is not imported here: this process stays small and loads no torch
+NAMES = ('multiscale', 'dilated', 'deformed_keys')      # the entries of ops.py, which is not imported here: this process stays small and loads no torch
 CHOICES = root/'deformlit'/'choices.json'
 WAYS = ('native', 'compiled', 'eager')
 TUNED = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 30), MALLOC_TRIM_THRESHOLD_=str(1 << 31), MALLOC_TOP_PAD_=str(1 << 26))

@@ -247,6 +247,60 @@ def _dilated():
         goals={('native', 'fwd'): dict(t1=35, t1h8=60), ('native', 'fwd_bwd'): dict(t1=38, t1h8=48), ('compiled', 'fwd'): dict(t1=10, t1h8=15)},
         memory={('native', 'fwd'): tenth, ('native', 'fwd_bwd'): tenth})
 
-ENTRIES = dict(multiscale=_multiscale, dilated=_dilated)
+# ---- attention with deformed keys -----------------------------------------------------------------------------------
+
+def deformed_sizes(b, h, w, n, g, k, d=32): return dict(b=b, h=h, w=w, n=n, g=g, k=k, d=d)
+
+def deformed_inputs(sizes, points, generator):
+    "Queries, keys and values as convolutions make them, channels before places; a table for steps of one; keys anywhere on the map. Each step's share is kept away from 0 and 1, where gradients jump."
+    b, n, g, d, h, w, k = (sizes[o] for o in ('b', 'n', 'g', 'd', 'h', 'w', 'k'))
+    q, keys, values = (torch.randn(b, n, d, o, generator=generator).mT for o in (h * w, k, k))
+    table = .5 * torch.randn(n, 2*h - 1, 2*w - 1, generator=generator)
+    start = torch.rand(b, g, k, 2, generator=generator) * torch.tensor([w - 1, h - 1]).clamp(min=1)
+    start = start.floor() + (start - start.floor()).clamp(.002, .998)
+    return q, keys, values, table, start, (1., 1.), (h, w), 2
+
+def deformed_cast(args, dtype): return *(o.to(dtype) for o in args[:3]), *args[3:]      # table and places stay float32
+
+def displacements(q, k, v, table, start, step, size, taps):
+    "The official formulation: a tensor of all displacements, `F.grid_sample` of the table at them, two products and a softmax between them."
+    (b, g, keys, _), (h, w), (n, th, tw) = start.shape, size, table.shape
+    line = lambda m: torch.arange(m, device=start.device, dtype=start.dtype)
+    x = (start[..., 0, None, None] + line(w)) * (2 / max(tw - 1, 1)) - 1                     # b g k 1 w, from -1 to 1 over the centres of the table
+    y = (start[..., 1, None, None] + line(h)[:, None]) * (2 / max(th - 1, 1)) - 1
+    at = torch.stack(torch.broadcast_tensors(x, y), -1).flatten(3, 4).transpose(2, 3).flatten(0, 1)      # (b g) q k 2
+    tables = table.unflatten(0, (g, -1)).expand(b, -1, -1, -1, -1).flatten(0, 1)
+    bias = torch.nn.functional.grid_sample(tables, at, mode='bilinear', align_corners=True).unflatten(0, (b, g)).flatten(1, 2)
+    scores = torch.einsum('bnqd,bnkd->bnqk', q, k) * q.shape[3]**-.5 + bias.to(q.dtype)
+    return torch.einsum('bnqk,bnkd->bnqd', scores.softmax(-1), v)
+
+def displacements_compiled(args): return torch.compile(displacements, fullgraph=True, dynamic=False), args
+
+def deformed_count(sizes, size):
+    "4 operations for each query, key and channel forward, 10 backward (the scores once more, and four products); every tensor moved once is compulsory. Gathered are the table's numbers, four for a score."
+    b, n, g, d, h, w, k = (sizes[o] for o in ('b', 'n', 'g', 'd', 'h', 'w', 'k'))
+    pairs, table = b * n * h * w * k, n * (2*h - 1) * (2*w - 1) * 4
+    fwd = b * n * d * (2 * h * w + 2 * k) * size + table + b * g * k * 8
+    bwd = b * n * d * (4 * h * w + 4 * k) * size + 2 * table + 2 * b * g * k * 8
+    return dict(samples=pairs, operations=dict(fwd=4 * d * pairs, bwd=10 * d * pairs, fwd_bwd=14 * d * pairs), gathered=16 * pairs, compulsory=dict(fwd=fwd, bwd=bwd, fwd_bwd=fwd + bwd))
+
+def _keys(sizes, x): return {**sizes, 'k': x}
+
+def _deformed():
+    from deformlit.relative_bias import _attend, table_attend
+    pairs = lambda sizes: sizes['b'] * sizes['n'] * sizes['h'] * sizes['w'] * sizes['k'] * 4 / 1e6
+    no_pairs = 'less than a number for each query and key', lambda row, base, sizes: row['peak_mb'] < pairs(sizes)
+    return Entry(
+        op='table_attend', ours=table_attend, handle=_attend, points=('none',),
+        workloads=dict(s3=deformed_sizes(4, 14, 14, 12, 3, 196), s2=deformed_sizes(4, 28, 28, 12, 3, 784), s2k196=deformed_sizes(4, 28, 28, 12, 3, 196), pp1=deformed_sizes(1, 56, 56, 2, 1, 49), pp1_large=deformed_sizes(1, 200, 334, 2, 1, 1050)),
+        small=deformed_sizes(1, 14, 14, 12, 3, 49),
+        sweeps=dict(batch=(_batch, (1, 2, 4, 8, 16)), side=(_side, (7, 14, 28, 56)), width=(_width, (8, 16, 32, 64)), keys=(_keys, (16, 49, 196, 784))),
+        kinds={4: deformed_sizes(1, 7, 7, 2, 1, 49), 5: deformed_sizes(1, 14, 14, 4, 1, 49), 6: deformed_sizes(1, 14, 14, 12, 3, 196), 7: deformed_sizes(4, 28, 28, 12, 3, 196)},
+        inputs=deformed_inputs, cast=deformed_cast, count=deformed_count, rows=None,
+        peers={'displacements': lambda args: (displacements, args), 'displacements compiled': displacements_compiled}, slow_peers=('displacements compiled',),
+        goals={('native', 'fwd'): dict(s3=8, s2=16, s2k196=10), ('native', 'fwd_bwd'): dict(s3=3, s2=7, s2k196=4.5)},
+        memory={('native', 'fwd'): no_pairs, ('native', 'fwd_bwd'): no_pairs})
+
+ENTRIES = dict(multiscale=_multiscale, dilated=_dilated, deformed_keys=_deformed)
 
 def entry(name) -> Entry: return ENTRIES[name]()
