@@ -9,7 +9,7 @@ inline __attribute__((always_inline)) X exponential(X x) {
     using A = std::decay_t<decltype(x[0])>;
     constexpr bool narrow = sizeof(A) == 4;
     constexpr int W = sizeof(X) / sizeof(A), terms = narrow ? 8 : 14, digits = narrow ? 23 : 52;
-    using I = std::conditional_t<narrow, int32_t, int64_t>;
+    using I = std::conditional_t<narrow, uint32_t, uint64_t>;
     constexpr I one = I(narrow ? 127 : 1023) << digits;                               // the bits of 1
     constexpr A half = A(I(3) << (digits - 1));                                       // added to x, it leaves no digit after the point
     constexpr A high = narrow ? 0x1.63p-1 : 0x1.62e42feep-1, low = narrow ? -0x1.bd0105c610ca8p-13 : 0x1.a39ef35793c76p-33;   // log 2

@@ -1,6 +1,6 @@
 """Runs tests on a build of the CPU library in which every access is checked: address and undefined behaviour sanitizers (`make test-sanitize`).
 
-    python tests/sanitize.py                          the fuzz tests
+    python tests/sanitize.py                          the fuzz tests, and those of dilated windows
     python tests/sanitize.py tests/test_core.py -x    other tests; arguments are pytest's
 """
 import os, subprocess, sys
@@ -24,7 +24,7 @@ def main():
     env = environment()
     if env is None: sys.exit('no address sanitizer: it comes with g++ (Debian and Ubuntu: g++ and libasan)')
     fuzz = root/'tests'/'test_fuzz.py'
-    tests = sys.argv[1:] or [str(fuzz if fuzz.exists() else root/'tests'/'test_multiscale.py')]
+    tests = sys.argv[1:] or [*map(str, (fuzz, root/'tests'/'test_dilated_kernel.py')), '-k', 'not exponential and not no_compiler and not memory and not opcheck']
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *tests]
     sys.exit(subprocess.run(command, cwd=root, env={**os.environ, 'PYTHONPATH': str(root), **env}).returncode)
 
