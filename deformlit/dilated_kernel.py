@@ -11,7 +11,6 @@ import torch
 from .core import *
 from .dilated import *
 from .dilated import _dilated, _widened
-from .multiscale_kernel import _in_batch
 from .native import *
 
 # %% ../nbs/42_dilated_kernel.ipynb #b2bf8e2a
@@ -28,7 +27,7 @@ def _(grad, q, k, v, kernel_size, dilations, padding, scale): return tuple(q.new
 def _over_images(op, many):
     "The rule of `vmap`: what it maps over joins the images of the batch."
     def rule(info, dims, *args):
-        made = op(*_in_batch(info, dims[:many], args[:many]), *args[many:])
+        made = op(*in_batch(info, dims[:many], args[:many]), *args[many:])
         apart = lambda x: x.unflatten(0, (info.batch_size, len(x) // info.batch_size))
         return (apart(made), 0) if many == 3 else (tuple(map(apart, made)), (0, 0, 0))
     return rule

@@ -26,19 +26,15 @@ def _(value, sizes, points, weights): return value.new_empty(points.shape[0], po
 def _(grad, value, sizes, points, weights, deterministic): return tuple(o.new_empty(o.shape) for o in (value, points, weights))
 
 # %% ../nbs/41_multiscale_kernel.ipynb #2d933444
-def _in_batch(info, dims, tensors):
-    "What `vmap` maps over joins the images of the batch."
-    return [(o.expand(info.batch_size, *o.shape) if d is None else o.movedim(d, 0)).flatten(0, 1) for o, d in zip(tensors, dims)]
-
 @torch.library.register_vmap('deformlit::ms_deform_attn')
 def _(info, dims, value, sizes, points, weights):
-    value, points, weights = _in_batch(info, (dims[0], dims[2], dims[3]), (value, points, weights))
+    value, points, weights = in_batch(info, (dims[0], dims[2], dims[3]), (value, points, weights))
     out = torch.ops.deformlit.ms_deform_attn(value, sizes, points, weights)
     return out.unflatten(0, (info.batch_size, len(out) // info.batch_size)), 0
 
 @torch.library.register_vmap('deformlit::ms_deform_attn_backward')
 def _(info, dims, grad, value, sizes, points, weights, deterministic):
-    grad, value, points, weights = _in_batch(info, (*dims[:2], *dims[3:5]), (grad, value, points, weights))
+    grad, value, points, weights = in_batch(info, (*dims[:2], *dims[3:5]), (grad, value, points, weights))
     to = torch.ops.deformlit.ms_deform_attn_backward(grad, value, sizes, points, weights, deterministic)
     return tuple(o.unflatten(0, (info.batch_size, len(o) // info.batch_size)) for o in to), (0, 0, 0)
 

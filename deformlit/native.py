@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['home', 'settings', 'Region', 'region', 'BuildError', 'torch_folder', 'cuda_home', 'compiler', 'architectures',
            'command', 'first_error', 'build', 'cache', 'key', 'locked', 'say', 'library', 'needs_library',
-           'differentiable', 'cubin', 'needs_nvrtc', 'Kernels']
+           'differentiable', 'in_batch', 'cubin', 'needs_nvrtc', 'Kernels']
 
 # %% ../nbs/40_native.ipynb #3017f207
 import ctypes, hashlib, os, platform, re, shutil, subprocess, sys, sysconfig
@@ -271,6 +271,15 @@ def differentiable(
         else: out = autograd(*args)
         return out[0] if several else out
     return call
+
+# %% ../nbs/40_native.ipynb #33816767
+def in_batch(
+    info,    # What `vmap` says: how many there are
+    dims,    # Of each tensor, the dimension that is mapped over; None: it is the same for all
+    tensors, # With the batch first
+) -> list:
+    "What `vmap` maps over joins the images of the batch."
+    return [(o.expand(info.batch_size, *o.shape) if d is None else o.movedim(d, 0)).flatten(0, 1) for o, d in zip(tensors, dims)]
 
 # %% ../nbs/40_native.ipynb #ba129d03
 def _files(*patterns):

@@ -24,6 +24,12 @@ def test_imports_stand_alone(path):
         other = [o for o in tree.body if not is_import(o) and not (isinstance(o, ast.Expr) and isinstance(o.value, ast.Call))]     # a call to set something up may stay
         assert not other, f'an import among other code; put it into a cell of imports:\n{source}'
 
+@every_notebook
+def test_no_page_imports_a_module_that_registers_ops(path):
+    "The site's builder runs all pages in one process, and an op can be registered once: by its own page."
+    found = {o for source in code(path) for o in imported(source) if o.endswith('_kernel')}
+    assert not found, f'{path.name} imports {found}; what pages share belongs into `native`'
+
 # ---- the source and what is made from it
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts}
