@@ -7,6 +7,7 @@ from truth import inf, nan, need_native
 from deformlit.core import backend
 from deformlit.dilated import *
 from deformlit.dilated import _dilated
+import deformlit.dilated_kernel                    # registers the ops, which some tests call by their names
 
 TYPES = dict(f32=torch.float32, f64=torch.float64, f16=torch.float16, bf16=torch.bfloat16)
 types = pytest.mark.parametrize('dtype', TYPES.values(), ids=TYPES)

@@ -4,6 +4,7 @@ import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 from notebooks import root
+import deformlit.deformed_keys_kernel              # registers the ops, which some tests call by their names
 from deformlit import core
 from deformlit.core import backend, backends
 from deformlit.deformed_keys import *
