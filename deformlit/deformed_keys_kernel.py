@@ -140,25 +140,14 @@ def _nvrtc_backward(grad, q, k, v, table, start, out, sums, step_x, step_y, h, w
     return to_q, to_k, to_v, to_table, to_start
 
 # %% ../nbs/43_deformed_keys_kernel.ipynb #0468b6dd
-@functools.cache
-def _needs_cuda():
-    "None if the op has kernels for CUDA: from a library, or else compiled by NVRTC."
-    why = needs_library('cuda')
-    if why is None: return None
-    if nvrtc := needs_nvrtc(): return nvrtc if nvrtc == why else f'{why}; {nvrtc}'
-    for name, f in (('deformed_keys', _nvrtc_forward), ('deformed_keys_backward', _nvrtc_backward)): torch.library.impl('deformlit::' + name, 'CUDA', f)
-_needs_cuda._dynamo_marked_constant = True
-
-def _needs():
-    "None if the op runs on some device of this machine."
-    return None if _needs_cuda() is None else needs_library('cpu')
+_needs = needs_kernels(deformed_keys=_nvrtc_forward, deformed_keys_backward=_nvrtc_backward)
 
 # %% ../nbs/43_deformed_keys_kernel.ipynb #94b0454b
 def _fits(q, k, v, table, start, step, size, taps):
     if q.dtype not in _names: return f'no kernel for {q.dtype}'
     if not q.dtype == k.dtype == v.dtype: return 'q, k and v differ in dtype'
     if min(*size, q.shape[3], *table.shape[1:]) < 1: return 'no queries, channels or table'
-    return needs_library('cpu') if q.device.type == 'cpu' else _needs_cuda() if q.device.type == 'cuda' else f'no kernel for {q.device.type}'
+    return _needs(q.device.type)
 
 @_attend.way('native', needs=_needs, fits=_fits)
 def table_attend_native(q, k, v, table, start, step, size, taps=0):

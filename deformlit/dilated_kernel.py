@@ -95,24 +95,12 @@ def _nvrtc_backward(grad, q, k, v, *window):
     return to_q, to_k, to_v
 
 # %% ../nbs/42_dilated_kernel.ipynb #a1e21aaf
-@functools.cache
-def _needs_cuda():
-    "None if the op has kernels for CUDA: from a library, or else compiled by NVRTC."
-    why = needs_library('cuda')
-    if why is None: return None
-    if nvrtc := needs_nvrtc(): return nvrtc if nvrtc == why else f'{why}; {nvrtc}'
-    for name, f in (('dilated_attn', _nvrtc_forward), ('dilated_attn_backward', _nvrtc_backward)): torch.library.impl('deformlit::' + name, 'CUDA', f)
-_needs_cuda._dynamo_marked_constant = True
-
-def _needs():
-    "None if the op runs on some device of this machine."
-    return None if _needs_cuda() is None else needs_library('cpu')
+_needs = needs_kernels(dilated_attn=_nvrtc_forward, dilated_attn_backward=_nvrtc_backward)
 
 def _fits(q, k, v, kernel_size, dilation, *rest):
     kind = q.device.type
     if q.dtype not in _names: return f'no kernel for {q.dtype}'
-    if kind == 'cuda': return _needs_cuda() or (None if isinstance(dilation, int) or len(dilation) <= 64 else 'more than 64 dilations on CUDA')
-    return needs_library('cpu') if kind == 'cpu' else f'no kernel for {kind}'
+    return _needs(kind) or ('more than 64 dilations on CUDA' if kind == 'cuda' and isinstance(dilation, tuple) and len(dilation) > 64 else None)
 
 # %% ../nbs/42_dilated_kernel.ipynb #ffd7eae2
 @_dilated.way('native', needs=_needs, fits=_fits)

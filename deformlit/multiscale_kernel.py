@@ -126,23 +126,11 @@ def _nvrtc_backward(grad, value, sizes, points, weights, deterministic):
     return to_value, to_points, to_weights
 
 # %% ../nbs/41_multiscale_kernel.ipynb #db5331be
-@functools.cache
-def _needs_cuda():
-    "None if the op has kernels for CUDA: from a library, or else compiled by NVRTC."
-    why = needs_library('cuda')
-    if why is None: return None
-    if nvrtc := needs_nvrtc(): return nvrtc if nvrtc == why else f'{why}; {nvrtc}'
-    for name, f in (('ms_deform_attn', _nvrtc_forward), ('ms_deform_attn_backward', _nvrtc_backward)): torch.library.impl('deformlit::' + name, 'CUDA', f)
-_needs_cuda._dynamo_marked_constant = True
-
-def _needs():
-    "None if the op runs on some device of this machine."
-    return None if _needs_cuda() is None else needs_library('cpu')
+_needs = needs_kernels(ms_deform_attn=_nvrtc_forward, ms_deform_attn_backward=_nvrtc_backward)
 
 def _fits(value, spatial_shapes, points, weights):
     kind = value.device.type
-    if kind == 'cuda': return _needs_cuda() or (None if len(spatial_shapes) <= 128 else 'more than 128 levels on CUDA')
-    return needs_library('cpu') if kind == 'cpu' else f'no kernel for {kind}'
+    return _needs(kind) or ('more than 128 levels on CUDA' if kind == 'cuda' and len(spatial_shapes) > 128 else None)
 
 # %% ../nbs/41_multiscale_kernel.ipynb #7a77a90a
 @_msda.way('native', needs=_needs, fits=_fits)

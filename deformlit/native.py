@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['home', 'settings', 'Region', 'region', 'BuildError', 'torch_folder', 'cuda_home', 'compiler', 'architectures',
            'command', 'first_error', 'build', 'cache', 'key', 'locked', 'say', 'library', 'needs_library',
-           'differentiable', 'in_batch', 'cubin', 'needs_nvrtc', 'Kernels']
+           'differentiable', 'in_batch', 'cubin', 'needs_nvrtc', 'Kernels', 'needs_kernels']
 
 # %% ../nbs/40_native.ipynb #3017f207
 import ctypes, hashlib, os, platform, re, shutil, subprocess, sys, sysconfig
@@ -378,3 +378,21 @@ class Kernels:
         if shared > 48 * 1024: _driver('cuFuncSetAttribute', f, 8, shared)     # 8: the most dynamic shared memory a block may ask for
         sizes = [ctypes.c_uint(o) for o in (*grid, *block, shared)]
         _driver('cuLaunchKernel', f, *sizes, stream, pointers, None)
+
+# %% ../nbs/40_native.ipynb #8b690055
+def needs_kernels(
+    **nvrtc, # By the name of an op: the function that launches its kernels through NVRTC
+):
+    "`needs(kind)`: None if these ops have kernels for the device 'cpu' or 'cuda', from a library or else by NVRTC; else says why not. `needs()`: for any device."
+    def cuda():
+        import torch
+        why = needs_library('cuda')
+        if why is None or registered: return None
+        if other := needs_nvrtc(): return other if other == why else f'{why}; {other}'
+        for name, f in nvrtc.items(): torch.library.impl('deformlit::' + name, 'CUDA', f)
+        registered.append(True)
+    def needs(kind=None):
+        if kind is None: return None if cuda() is None else needs_library('cpu')
+        return cuda() if kind == 'cuda' else needs_library('cpu') if kind == 'cpu' else f'no kernel for {kind}'
+    registered, needs._dynamo_marked_constant = [], True
+    return needs

@@ -398,3 +398,18 @@ def test_under_fake_tensors_and_checkpoint(mix, ab):
     a, b = (o.clone().requires_grad_() for o in ab)
     torch.utils.checkpoint.checkpoint(lambda a, b: call(a, b, .3), a, b, use_reentrant=False).sum().backward()
     assert_close(a.grad, torch.sigmoid(b.detach()) * .3)
+
+# ---- kernels for a device
+
+@pytest.mark.parametrize('nvrtc, want', [(None, None), ('no GPU', 'no nvcc; no GPU'), ('no nvcc', 'no nvcc')])
+def test_needs_kernels(nvrtc, want, monkeypatch):
+    "Without a library for CUDA, NVRTC's kernels are registered, once; or both reasons are told."
+    import torch
+    from deformlit import native
+    calls = []
+    monkeypatch.setattr(native, 'needs_library', lambda kind: None if kind == 'cpu' else 'no nvcc')
+    monkeypatch.setattr(native, 'needs_nvrtc', lambda: nvrtc)
+    monkeypatch.setattr(torch.library, 'impl', lambda *args: calls.append(args))
+    needs = native.needs_kernels(one=1, two=2)
+    assert needs('cuda') == needs('cuda') == want and needs('cpu') is None and needs() is None and needs('mps') == 'no kernel for mps'
+    assert calls == ([] if want else [('deformlit::one', 'CUDA', 1), ('deformlit::two', 'CUDA', 2)])
